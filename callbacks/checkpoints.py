@@ -1,0 +1,267 @@
+"""When checkpoints are written, and in which state of Lightning's loops."""
+
+import copy
+import random
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from ds_lightning.training import checkpoint
+
+
+@runtime_checkable
+class _Phases(Protocol):
+    """A callback that books time by phase."""
+
+    def phase(self, name: str) -> AbstractContextManager[Any]: ...
+
+
+class Checkpoints(Checkpoint):
+    """Saves the run at optimizer steps, so that a resumed run is bitwise the run that was never interrupted.
+
+    Every checkpoint holds the loops as they stand at the end of the micro-batch that made the optimizer step: the
+    one state from which Lightning continues a running epoch without shifting a counter. Where a validation is due at
+    the step, the save waits until it is over, so that it is neither skipped nor run twice after a resume. At the last
+    step it waits for the end of training, since Lightning does nothing at all on resuming a finished run.
+
+    Lightning calls callbacks of this base class after all others, so what other callbacks do in
+    ``on_train_batch_end`` is in the checkpoint. What the LightningModule does in its own ``on_train_batch_end`` is
+    not: it comes later still.
+
+    Other callbacks stop a run early through ``save_and_stop``.
+
+    Checkpoints go to ``checkpoints/`` in the trainer's ``default_root_dir``. A save that fails (a full disk, a
+    permission) prints one line and training goes on; ``failed_saves`` counts them. The last save of a run raises.
+
+    The random state of the process is part of the checkpoint (Python, NumPy, torch, CUDA).
+
+    Args:
+        every_n_steps: Optimizer steps between two checkpoints.
+        every_n_seconds: Seconds between two checkpoints, instead of steps.
+        keep_last: Number of checkpoints to keep.
+
+    Raises:
+        ValueError: If not exactly one interval is given, or a number is not positive.
+    """
+
+    def __init__(
+        self, every_n_steps: int | None = None, every_n_seconds: float | None = None, keep_last: int = 2
+    ) -> None:
+        super().__init__()
+        if (every_n_steps is None) == (every_n_seconds is None):
+            raise ValueError(
+                f"Checkpoints: every_n_steps is {every_n_steps} and every_n_seconds is {every_n_seconds}, "
+                "expected exactly one of them"
+            )
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_seconds", every_n_seconds)):
+            if value is not None and value <= 0:
+                raise ValueError(f"Checkpoints: {name} is {value}, expected more than 0")
+        if keep_last < 1:
+            raise ValueError(f"Checkpoints: keep_last is {keep_last}, expected at least 1")
+        self.every_n_steps = every_n_steps
+        self.every_n_seconds = every_n_seconds
+        self.keep_last = keep_last
+        self.failed_saves = 0
+        self.stopped = False
+        self._stop_requested = False
+        self._step = 0  # optimizer steps at the latest boundary
+        self._saved_step = 0
+        self._attempted_step = 0  # of the latest save, whether it failed or not
+        self._attempted_at = 0.0
+        self._loops: dict[str, Any] | None = None  # of the fit loop, at the latest boundary
+        self._saving: dict[str, Any] | None = None
+        self._random_state: dict[str, Any] | None = None
+
+    def save_and_stop(self) -> None:
+        """End training at the next optimizer step with a checkpoint of it; ``stopped`` then turns true.
+
+        Neither a validation nor a log entry is made that the uninterrupted run would not make: a validation due at
+        that step is left to the resumed run. One that is running now is finished first, since its result would be
+        lost. If the next step is the last one, training ends as it would have, and ``stopped`` stays false.
+        """
+        self._stop_requested = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run of the same trainer."""
+        self._random_state = self._loops = None
+        self.stopped = self._stop_requested = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the random state of the checkpoint, after everything that set-up has drawn."""
+        self._step = self._saved_step = self._attempted_step = trainer.global_step
+        self._attempted_at = time.monotonic()
+        if self._random_state is not None:
+            _set_random_state(self._random_state)
+            self._random_state = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Leave the epoch if the last boundary was where to stop.
+
+        Only here has the step been logged, and has ``should_stop`` no say any more in what is logged or validated.
+        """
+        if self.stopped:
+            trainer.should_stop = True
+            trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None
+            raise StopIteration
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save after an optimizer step; other micro-batches are skipped."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        epoch_loop = trainer.fit_loop.epoch_loop
+        loops = copy.deepcopy(trainer.fit_loop.state_dict())
+        validation_is_due = self._validation_is_due(trainer)
+        self._loops = _after_validation(loops) if validation_is_due else loops
+        if epoch_loop._is_training_done:
+            return
+        if self._stop_requested:
+            loops = _before_validation(loops) if validation_is_due else loops
+            self._save(trainer, pl_module, loops, must_succeed=True)
+            epoch_loop._skip_next_val = validation_is_due
+            self.stopped = True
+        elif self._is_due(trainer) and not validation_is_due:
+            self._save(trainer, pl_module, self._loops)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the save that waited for this validation, or stop if that was asked for meanwhile."""
+        if self._loops is None or trainer.fit_loop.epoch_loop._is_training_done:
+            return
+        if self._stop_requested or self._is_due(trainer):
+            self._save(trainer, pl_module, self._loops, must_succeed=self._stop_requested)
+            self.stopped = self._stop_requested
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step."""
+        if self._loops is not None and not self.stopped:
+            self._save(trainer, pl_module, self._loops, must_succeed=True)
+        self._loops = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the loops' snapshot of the boundary into the checkpoint."""
+        if self._saving is not None:
+            checkpoint["loops"]["fit_loop"] = self._saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the random state and the number of failed saves."""
+        return {"random": _random_state(), "failed_saves": self.failed_saves}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what ``state_dict`` returned until training starts."""
+        self._random_state = state_dict["random"]
+        self.failed_saves = state_dict["failed_saves"]
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if self.every_n_steps is not None:
+            return self._step // self.every_n_steps > self._attempted_step // self.every_n_steps
+        assert self.every_n_seconds is not None
+        elapsed = time.monotonic() - self._attempted_at
+        return trainer.strategy.broadcast(elapsed >= self.every_n_seconds)
+
+    def _validation_is_due(self, trainer: Trainer) -> bool:
+        """Whether Lightning validates after this batch; a request to stop is no reason of its own."""
+        should_stop, trainer.should_stop = trainer.should_stop, False
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        due = trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+        trainer.should_stop = should_stop
+        return due
+
+    def _save(self, trainer: Trainer, pl_module: Any, loops: dict[str, Any], *, must_succeed: bool = False) -> None:
+        if self._saved_step == self._step:
+            return
+        self._attempted_step, self._attempted_at = self._step, time.monotonic()
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        with _phase(trainer, "checkpoint"):
+            try:
+                self._write(trainer, folder, loops, tokens=int(getattr(pl_module, "tokens_seen", 0)))
+            except OSError as error:
+                self.failed_saves += 1
+                if must_succeed:
+                    raise
+                _report(f"checkpoint of step {self._step} not written, training goes on: {error}")
+                return
+            self._saved_step = self._step
+            try:
+                if trainer.is_global_zero:
+                    checkpoint.retain(folder, self.keep_last)
+            except OSError as error:
+                _report(f"old checkpoints not deleted: {error}")
+
+    def _write(self, trainer: Trainer, folder: Path, loops: dict[str, Any], *, tokens: int) -> None:
+        temporary = checkpoint.temporary(folder, self._step)
+        self._saving = loops
+        try:
+            if trainer.is_global_zero:
+                checkpoint.begin(temporary)
+            trainer.strategy.barrier("Checkpoints.begin")
+            trainer.save_checkpoint(temporary / checkpoint.STATE, weights_only=False)
+            if trainer.is_global_zero:
+                checkpoint.publish(temporary, tokens=tokens)
+            trainer.strategy.barrier("Checkpoints.publish")
+        finally:
+            self._saving = None
+            if trainer.is_global_zero:
+                checkpoint.discard(temporary)
+
+
+def _after_validation(loops: dict[str, Any]) -> dict[str, Any]:
+    """Turn the fit loop's state after a batch into the one after the validation that follows it.
+
+    From the state before it, Lightning would not validate either, but draw an iterator over the validation data to count
+    its batches, and with it a number from torch's generator.
+    """
+    loops = copy.deepcopy(loops)
+    for batches in (loops["epoch_loop.batch_progress"]["total"], loops["epoch_loop.batch_progress"]["current"]):
+        batches["completed"] += 1
+    return loops
+
+
+def _before_validation(loops: dict[str, Any]) -> dict[str, Any]:
+    """Turn the fit loop's state after a batch into the one in which the validation after it has just begun.
+
+    Lightning runs a validation that it finds interrupted before it goes on, and one that it finds not begun never.
+    """
+    loops = _after_validation(loops)
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    finished = validation["total"]["completed"]
+    validation["total"] = {"ready": finished + 1, "started": finished + 1, "processed": finished, "completed": finished}
+    validation["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    validation["is_last_batch"] = False
+    return loops
+
+
+def _phase(trainer: Any, name: str) -> AbstractContextManager[Any]:
+    for callback in trainer.callbacks:
+        if isinstance(callback, _Phases):
+            return callback.phase(name)
+    return nullcontext()
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of every generator, in types that load without unpickling code."""
+    return {
+        "python": random.getstate(),
+        "numpy": [value.tolist() if isinstance(value, np.ndarray) else value for value in np.random.get_state()],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
