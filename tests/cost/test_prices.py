@@ -52,7 +52,7 @@ def test_a_missing_price_names_the_device_its_neighbour_and_the_remedy() -> None
 
 @pytest.mark.parametrize("usd", [-0.01, float("nan"), float("inf"), True, "2"])
 def test_impossible_prices_are_refused(usd: float) -> None:
-    with pytest.raises(ValueError, match="usd_per_device_hour of h100 is .* expected a finite number of at least 0"):
+    with pytest.raises(ValueError, match=r"usd_per_device_hour of h100 is .* expected a finite number of at least 0"):
         find_price("h100", usd_per_device_hour=usd)
 
 
