@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ds_lightning.training import checkpoint
 
+_VALIDATION = "epoch_loop.val_loop.batch_progress"
+
 
 @runtime_checkable
 class _Phases(Protocol):
@@ -97,6 +99,9 @@ class Checkpoints(Checkpoint):
         """Take over the random state of the checkpoint, after everything that set-up has drawn."""
         self._step = self._saved_step = self._attempted_step = trainer.global_step
         self._attempted_at = time.monotonic()
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        if validation.restarted_mid_evaluation:
+            validation.batch_progress.total.reset_on_restart()  # Lightning does so for the current epoch only
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
@@ -135,12 +140,14 @@ class Checkpoints(Checkpoint):
         if self._loops is None or trainer.fit_loop.epoch_loop._is_training_done:
             return
         if self._stop_requested or self._is_due(trainer):
+            self._loops[_VALIDATION] = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
             self._save(trainer, pl_module, self._loops, must_succeed=self._stop_requested)
             self.stopped = self._stop_requested
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step."""
         if self._loops is not None and not self.stopped:
+            self._loops[_VALIDATION] = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
             self._save(trainer, pl_module, self._loops, must_succeed=True)
         self._loops = None
 
@@ -215,8 +222,8 @@ class Checkpoints(Checkpoint):
 def _after_validation(loops: dict[str, Any]) -> dict[str, Any]:
     """Turn the fit loop's state after a batch into the one after the validation that follows it.
 
-    From the state before it, Lightning would not validate either, but draw an iterator over the validation data to count
-    its batches, and with it a number from torch's generator.
+    From the state before it, Lightning would not validate either, but make an iterator over the validation data to
+    count its batches, and that draws a number from torch's generator.
     """
     loops = copy.deepcopy(loops)
     for batches in (loops["epoch_loop.batch_progress"]["total"], loops["epoch_loop.batch_progress"]["current"]):
@@ -230,7 +237,7 @@ def _before_validation(loops: dict[str, Any]) -> dict[str, Any]:
     Lightning runs a validation that it finds interrupted before it goes on, and one that it finds not begun never.
     """
     loops = _after_validation(loops)
-    validation = loops["epoch_loop.val_loop.batch_progress"]
+    validation = loops[_VALIDATION]
     finished = validation["total"]["completed"]
     validation["total"] = {"ready": finished + 1, "started": finished + 1, "processed": finished, "completed": finished}
     validation["current"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}

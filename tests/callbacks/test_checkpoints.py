@@ -1,0 +1,243 @@
+"""Resumed runs against runs that were never interrupted.
+
+The oracle is the straight run of the same toy: weights, optimizer, schedule, loops, the states of callbacks and random
+generators, the loss of every micro-batch, the steps at which validation ran, and the points that reached the logger,
+compared with ``==``. Here runs are interrupted by an exception that leaves on disk what SIGKILL leaves;
+``test_preemption.py`` has the signals and real kills. A disk that is full is a limit on the size of files.
+"""
+
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from ds_lightning.callbacks.checkpoints import Checkpoints
+from ds_lightning.training import checkpoint
+from tests.callbacks.toy_run import NUM_STEPS, At, Killed, Run, departures, differences, kill, stop
+
+ALL_VALIDATED = [0, 4, 8, 12]  # 0 is the sanity check
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return {accumulate: Run(tmp_path_factory.mktemp("straight"), accumulate=accumulate) for accumulate in (1, 4)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    ("micro_step", "every_n_steps", "started_from"),
+    [
+        (7.5, 3, 6),  # nothing due at the checkpoint
+        (4.0, 4, 4),  # a validation at the checkpoint, over when it was written
+        (11.75, 5, 10),
+        (7.0, 1, 7),
+    ],
+)
+def test_a_killed_run_resumes_bitwise(tmp_path, straight, accumulate, micro_step, every_n_steps, started_from):
+    at = At(kill, micro_batch=int(micro_step * accumulate))
+    checkpoints = [Checkpoints(every_n_steps=every_n_steps) for _ in range(2)]
+    first = Run(tmp_path, at, accumulate=accumulate, checkpoints=checkpoints[0])
+    assert first.killed
+    second = Run(tmp_path, accumulate=accumulate, checkpoints=checkpoints[1], resume=True, seed=1)
+    assert second.started_from.name == f"step-{started_from:08d}"
+    assert departures(straight[accumulate], first, second) == {}
+
+
+def test_a_run_killed_in_a_validation_repeats_it(tmp_path, straight):
+    first = Run(tmp_path, At(kill, validation=8), accumulate=4)
+    assert first.killed
+    assert first.validated == [0, 4, 8]
+    second = Run(tmp_path, accumulate=4, resume=True, seed=1)
+    assert second.validated == [8, 12]
+    assert departures(straight[4], first, second) == {}
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    ("where", "stopped_at", "validated"),
+    [
+        ({"micro_step": 6.5}, 7, [0, 4]),
+        ({"micro_step": 7.5}, 8, [0, 4]),  # the validation due at step 8 is left to the resumed run
+        ({"validation": 8}, 8, [0, 4, 8]),  # the running one is finished
+        ({"micro_step": 5.0}, 6, [0, 4]),  # a step at which a checkpoint is due anyway
+    ],
+)
+def test_a_stopped_run_resumes_bitwise(tmp_path, straight, accumulate, where, stopped_at, validated):
+    if "micro_step" in where:
+        where = {"micro_batch": int(where["micro_step"] * accumulate)}
+    first = Run(tmp_path, At(stop, **where), accumulate=accumulate)
+    assert first.checkpoints.stopped
+    assert first.trainer.global_step == first.saved_steps[-1] == stopped_at
+    assert first.validated == validated
+    second = Run(tmp_path, accumulate=accumulate, resume=True, seed=1)
+    assert not second.checkpoints.stopped
+    assert departures(straight[accumulate], first, second) == {}
+    assert first.points + second.points == straight[accumulate].points
+    assert first.validated + second.validated == ALL_VALIDATED
+
+
+def test_stopping_and_resuming_again_and_again_is_bitwise(tmp_path, straight):
+    attempts = [
+        Run(tmp_path, At(stop, micro_batch=micro_batch), resume=micro_batch > 1, seed=micro_batch - 1)
+        for micro_batch in (1, 3, 4, 7, 11)
+    ]
+    assert [run.checkpoints.stopped for run in attempts] == [True, True, True, True, False]
+    assert [point for run in attempts for point in run.points] == straight[1].points
+    assert [step for run in attempts for step in run.validated] == ALL_VALIDATED
+    assert differences(straight[1].final_state(), attempts[-1].final_state()) == []
+
+
+def test_a_stop_asked_for_in_the_last_step_changes_nothing(tmp_path, straight):
+    run = Run(tmp_path, At(stop, micro_batch=11))
+    assert not run.checkpoints.stopped
+    assert run.points == straight[1].points
+    assert run.validated == ALL_VALIDATED
+
+
+def test_a_minimum_of_steps_does_not_hold_up_a_stop(tmp_path):
+    run = Run(tmp_path, At(stop, micro_batch=2), min_steps=10)
+    assert run.trainer.global_step == 3
+
+
+def test_a_finished_run_is_saved_and_resuming_it_does_nothing(tmp_path):
+    first = Run(tmp_path)
+    assert first.saved_steps == [9, 12]
+    before = first.final_state()
+    second = Run(tmp_path, resume=True, seed=1)
+    assert second.losses == {}
+    assert second.points == []
+    assert differences(first.module.state_dict(), second.module.state_dict()) == []
+    assert differences(before, second.final_state()) == []
+
+
+def test_saves_happen_at_optimizer_steps_only_and_the_last_ones_are_kept(tmp_path, straight):
+    class Record(Callback):
+        def on_save_checkpoint(self, trainer, pl_module, state):
+            saves.append((trainer.global_step, int(pl_module.count)))
+
+    saves = []
+    run = Run(tmp_path, Record(), accumulate=4, checkpoints=Checkpoints(every_n_steps=5, keep_last=3))
+    assert saves == [(5, 20), (10, 40), (12, 48)]
+    assert run.saved_steps == [5, 10, 12]
+    assert straight[4].saved_steps == [9, 12]
+
+
+def test_seconds_may_set_the_interval(tmp_path):
+    often = Run(tmp_path / "often", checkpoints=Checkpoints(every_n_seconds=1e-9, keep_last=20))
+    assert often.saved_steps == list(range(1, NUM_STEPS + 1))
+    seldom = Run(tmp_path / "seldom", checkpoints=Checkpoints(every_n_seconds=1e9))
+    assert seldom.saved_steps == [NUM_STEPS]
+
+
+def test_the_manifest_has_the_tokens_of_the_completed_steps(straight):
+    newest, _ = checkpoint.newest_valid(straight[4].folder)
+    assert checkpoint.verify(newest).tokens == straight[4].module.tokens_seen == NUM_STEPS * 4 * 16
+
+
+def test_a_checkpoint_loads_without_unpickling_code(straight):
+    newest, _ = checkpoint.newest_valid(straight[1].folder)
+    assert "state_dict" in torch.load(newest / checkpoint.STATE, weights_only=True)
+
+
+@contextmanager
+def files_limited_to(num_bytes):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class DiskFull(Callback):
+    """Full from the training step of one micro-batch to that of another."""
+
+    def __init__(self, first, last):
+        self.first, self.last = first, last
+        self.limit = files_limited_to(1000)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.first:
+            self.limit.__enter__()
+        elif batch_idx == self.last:
+            self.limit.__exit__(None, None, None)
+
+
+def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, straight, capsys):
+    run = Run(tmp_path, DiskFull(4, 10))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "checkpoint" in line and "not written" in line]
+    assert lines == [
+        f"checkpoint of step {step} not written, training goes on: [Errno 27] File too large" for step in (6, 9)
+    ]
+    assert run.checkpoints.failed_saves == 2
+    assert run.saved_steps == [3, 12]
+    assert run.losses == straight[1].losses
+
+
+def test_a_full_disk_at_the_end_fails_the_run_and_spares_the_old_checkpoint(tmp_path, straight):
+    with files_limited_to(resource.RLIM_INFINITY), pytest.raises(OSError, match="File too large"):
+        Run(tmp_path, DiskFull(8, 99))
+    newest, skipped = checkpoint.newest_valid(tmp_path / "checkpoints")
+    assert newest.name == "step-00000006"
+    assert skipped == []
+    assert not list(newest.parent.glob("*.tmp"))
+
+
+def test_a_folder_that_cannot_be_written_costs_a_line_and_the_end_fails(tmp_path, capsys):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(FileExistsError, match="checkpoints"):
+        Run(tmp_path)
+    assert "checkpoint of step 3 not written, training goes on: [Errno 17] File exists" in capsys.readouterr().err
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_a_line(tmp_path, capsys, monkeypatch):
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    run = Run(tmp_path, checkpoints=Checkpoints(every_n_steps=5, keep_last=2))
+    assert "old checkpoints not deleted: [Errno 13] Permission denied" in capsys.readouterr().err
+    assert run.checkpoints.failed_saves == 0
+
+
+def test_saving_is_booked_by_a_callback_that_books_phases(tmp_path):
+    class Book(Callback):
+        @contextmanager
+        def phase(self, name):
+            entries.append((name, "enter"))
+            yield
+            entries.append((name, [path.name for path in (tmp_path / "checkpoints").iterdir()]))
+
+    entries = []
+    Run(tmp_path, Book(), checkpoints=Checkpoints(every_n_steps=99))
+    assert entries == [("checkpoint", "enter"), ("checkpoint", ["step-00000012"])]
+
+
+def test_an_exception_in_a_save_leaves_no_temporary_folder(tmp_path):
+    class Fail(Callback):
+        def on_save_checkpoint(self, trainer, pl_module, state):
+            raise Killed
+
+    assert Run(tmp_path, Fail()).killed
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "every_n_steps is None and every_n_seconds is None, expected exactly one"),
+        (
+            {"every_n_steps": 1, "every_n_seconds": 1.0},
+            "every_n_steps is 1 and every_n_seconds is 1.0, expected exactly",
+        ),
+        ({"every_n_steps": 0}, "every_n_steps is 0, expected more than 0"),
+        ({"every_n_seconds": -1.0}, r"every_n_seconds is -1\.0, expected more than 0"),
+        ({"every_n_steps": 1, "keep_last": 0}, "keep_last is 0, expected at least 1"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Checkpoints(**arguments)

@@ -1,0 +1,175 @@
+"""Signals and kills against runs that were never interrupted.
+
+The oracle is the same as in ``test_checkpoints.py``. SIGKILL needs a process to kill: this file is the program too.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_lightning.callbacks.checkpoints import Checkpoints
+from ds_lightning.callbacks.preemption import Preemption
+from ds_lightning.training import checkpoint
+from tests.callbacks.toy_run import At, Run, departures, kill, send, stop
+
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return Run(tmp_path_factory.mktemp("straight"), Preemption(), accumulate=4)
+
+
+@pytest.fixture(autouse=True)
+def _handlers_are_put_back():
+    before = [signal.getsignal(number) for number in HANDLED]
+    yield
+    after = [signal.getsignal(number) for number in HANDLED]
+    for number, handler in zip(HANDLED, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_signal_in_mid_accumulation_stops_at_the_step_and_resumes_bitwise(tmp_path, straight, number):
+    preemption = Preemption()
+    first = Run(tmp_path, preemption, At(send(number), micro_batch=4 * 6 + 1), accumulate=4)
+    assert preemption.preempted
+    assert first.trainer.global_step == 7
+    second = Run(tmp_path, Preemption(), accumulate=4, resume=True, seed=1)
+    assert departures(straight, first, second) == {}
+    assert first.points + second.points == straight.points
+
+
+def test_a_signal_in_a_validation_waits_for_its_end(tmp_path, straight):
+    preemption = Preemption()
+    first = Run(tmp_path, preemption, At(send(signal.SIGTERM), validation=4), accumulate=4)
+    assert preemption.preempted
+    assert first.trainer.global_step == 4
+    second = Run(tmp_path, Preemption(), accumulate=4, resume=True, seed=1)
+    assert first.validated + second.validated == straight.validated
+    assert departures(straight, first, second) == {}
+
+
+def test_a_signal_in_a_save_stops_at_the_next_step(tmp_path, straight):
+    class Send(Preemption):
+        def on_save_checkpoint(self, trainer, pl_module, state):
+            if trainer.global_step == 6:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    preemption = Send()
+    first = Run(tmp_path, preemption, accumulate=4)
+    assert preemption.preempted
+    assert first.saved_steps == [6, 7]
+    second = Run(tmp_path, Preemption(), accumulate=4, resume=True, seed=1)
+    assert departures(straight, first, second) == {}
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path, straight):
+    preemption = Preemption()
+    run = Run(tmp_path, preemption, At(send(signal.SIGTERM), micro_batch=45), accumulate=4)
+    assert not preemption.preempted
+    assert run.points == straight.points
+
+
+def test_a_stop_for_another_reason_is_no_preemption(tmp_path):
+    preemption = Preemption()
+    run = Run(tmp_path, preemption, At(stop, micro_batch=3))
+    assert run.checkpoints.stopped
+    assert not preemption.preempted
+
+
+def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
+    def twice(trainer):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    preemption = Preemption()
+    with pytest.raises(SystemExit) as raised:  # what Lightning makes of a KeyboardInterrupt
+        Run(tmp_path, preemption, At(twice, micro_batch=4))
+    assert isinstance(raised.value.__context__, KeyboardInterrupt)
+    assert not preemption.preempted
+    assert checkpoint.newest_valid(tmp_path / "checkpoints")[0].name == "step-00000003"
+
+
+def test_a_signal_after_another_one_is_no_second_interrupt(tmp_path):
+    def both(trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    preemption = Preemption()
+    Run(tmp_path, preemption, At(both, micro_batch=4))
+    assert preemption.preempted
+
+
+def test_the_old_handlers_are_back_after_a_run_that_failed(tmp_path):
+    assert Run(tmp_path, Preemption(), At(kill, micro_batch=2)).killed  # the fixture compares
+
+
+def test_a_fresh_run_forgets_the_signal_of_an_earlier_one(tmp_path):
+    preemption, checkpoints = Preemption(), Checkpoints(every_n_steps=5)
+    Run(tmp_path / "a", preemption, At(send(signal.SIGTERM), micro_batch=2), checkpoints=checkpoints)
+    assert preemption.preempted
+    assert Run(tmp_path / "b", preemption, checkpoints=checkpoints).trainer.global_step == 12
+    assert not preemption.preempted
+
+
+@pytest.mark.parametrize("name", ["SIGNONE", "SIGKILL", "SIG_DFL", "term"])
+def test_a_name_that_is_no_signal_is_refused(name):
+    with pytest.raises(ValueError, match=f"signals has '{name}', expected names of signals such as SIGTERM"):
+        Preemption(signals=["SIGTERM", name])
+
+
+def test_a_trainer_without_checkpoints_is_refused():
+    class Bare:
+        callbacks = ()
+
+    with pytest.raises(ValueError, match=r"trainer\.callbacks has no Checkpoints, expected one"):
+        Preemption().setup(Bare(), None, "fit")
+
+
+def run_until_killed(folder, scenario):
+    """Train in this process and kill it: in the middle of an accumulation, or of a save."""
+    kill_now = send(signal.SIGKILL)
+    if scenario == "accumulation":
+        Run(folder, Preemption(), At(kill_now, micro_batch=4 * 7 + 2), accumulate=4)
+    publish = checkpoint.publish
+
+    def cut(temporary, *, tokens):
+        if temporary.name == "step-00000009.tmp":
+            os.truncate(temporary / checkpoint.STATE, 1000)
+            kill_now(None)
+        return publish(temporary, tokens=tokens)
+
+    checkpoint.publish = cut
+    Run(folder, Preemption(), accumulate=4)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    folders = {scenario: tmp_path_factory.mktemp(scenario) for scenario in ("accumulation", "save")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(folder), scenario], env=environment, cwd=folder)
+        for scenario, folder in folders.items()
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [-signal.SIGKILL] * 2
+    return folders
+
+
+@pytest.mark.parametrize("scenario", ["accumulation", "save"])
+def test_a_process_killed_in_the_middle_resumes_bitwise(killed, straight, scenario):
+    left = sorted(path.name for path in (killed[scenario] / "checkpoints").iterdir())
+    assert left == ["step-00000003", "step-00000006", *(["step-00000009.tmp"] if scenario == "save" else [])]
+    second = Run(killed[scenario], Preemption(), accumulate=4, resume=True, seed=1)
+    assert second.started_from.name == "step-00000006"
+    assert departures(straight, straight, second) == {}
+
+
+if __name__ == "__main__":
+    run_until_killed(sys.argv[1], sys.argv[2])
