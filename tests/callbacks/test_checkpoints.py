@@ -7,11 +7,14 @@ compared with ``==``. Here runs are interrupted by an exception that leaves on d
 """
 
 import resource
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from ds_lightning.callbacks.checkpoints import Checkpoints
 from ds_lightning.training import checkpoint
@@ -21,7 +24,7 @@ ALL_VALIDATED = [0, 4, 8, 12]  # 0 is the sanity check
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
     return {accumulate: Run(tmp_path_factory.mktemp("straight"), accumulate=accumulate) for accumulate in (1, 4)}
 
 
@@ -35,17 +38,19 @@ def straight(tmp_path_factory):
         (7.0, 1, 7),
     ],
 )
-def test_a_killed_run_resumes_bitwise(tmp_path, straight, accumulate, micro_step, every_n_steps, started_from):
+def test_a_killed_run_resumes_bitwise(
+    tmp_path: Path, straight: dict[int, Run], accumulate: int, micro_step: float, every_n_steps: int, started_from: int
+) -> None:
     at = At(kill, micro_batch=int(micro_step * accumulate))
     checkpoints = [Checkpoints(every_n_steps=every_n_steps) for _ in range(2)]
     first = Run(tmp_path, at, accumulate=accumulate, checkpoints=checkpoints[0])
     assert first.killed
     second = Run(tmp_path, accumulate=accumulate, checkpoints=checkpoints[1], resume=True, seed=1)
-    assert second.started_from.name == f"step-{started_from:08d}"
+    assert second.start == started_from
     assert departures(straight[accumulate], first, second) == {}
 
 
-def test_a_run_killed_in_a_validation_repeats_it(tmp_path, straight):
+def test_a_run_killed_in_a_validation_repeats_it(tmp_path: Path, straight: dict[int, Run]) -> None:
     first = Run(tmp_path, At(kill, validation=8), accumulate=4)
     assert first.killed
     assert first.validated == [0, 4, 8]
@@ -64,7 +69,14 @@ def test_a_run_killed_in_a_validation_repeats_it(tmp_path, straight):
         ({"micro_step": 5.0}, 6, [0, 4]),  # a step at which a checkpoint is due anyway
     ],
 )
-def test_a_stopped_run_resumes_bitwise(tmp_path, straight, accumulate, where, stopped_at, validated):
+def test_a_stopped_run_resumes_bitwise(
+    tmp_path: Path,
+    straight: dict[int, Run],
+    accumulate: int,
+    where: dict[str, Any],
+    stopped_at: int,
+    validated: list[int],
+) -> None:
     if "micro_step" in where:
         where = {"micro_batch": int(where["micro_step"] * accumulate)}
     first = Run(tmp_path, At(stop, **where), accumulate=accumulate)
@@ -78,7 +90,7 @@ def test_a_stopped_run_resumes_bitwise(tmp_path, straight, accumulate, where, st
     assert first.validated + second.validated == ALL_VALIDATED
 
 
-def test_stopping_and_resuming_again_and_again_is_bitwise(tmp_path, straight):
+def test_stopping_and_resuming_again_and_again_is_bitwise(tmp_path: Path, straight: dict[int, Run]) -> None:
     attempts = [
         Run(tmp_path, At(stop, micro_batch=micro_batch), resume=micro_batch > 1, seed=micro_batch - 1)
         for micro_batch in (1, 3, 4, 7, 11)
@@ -89,19 +101,19 @@ def test_stopping_and_resuming_again_and_again_is_bitwise(tmp_path, straight):
     assert differences(straight[1].final_state(), attempts[-1].final_state()) == []
 
 
-def test_a_stop_asked_for_in_the_last_step_changes_nothing(tmp_path, straight):
+def test_a_stop_asked_for_in_the_last_step_changes_nothing(tmp_path: Path, straight: dict[int, Run]) -> None:
     run = Run(tmp_path, At(stop, micro_batch=11))
     assert not run.checkpoints.stopped
     assert run.points == straight[1].points
     assert run.validated == ALL_VALIDATED
 
 
-def test_a_minimum_of_steps_does_not_hold_up_a_stop(tmp_path):
+def test_a_minimum_of_steps_does_not_hold_up_a_stop(tmp_path: Path) -> None:
     run = Run(tmp_path, At(stop, micro_batch=2), min_steps=10)
     assert run.trainer.global_step == 3
 
 
-def test_a_finished_run_is_saved_and_resuming_it_does_nothing(tmp_path):
+def test_a_finished_run_is_saved_and_resuming_it_does_nothing(tmp_path: Path) -> None:
     first = Run(tmp_path)
     assert first.saved_steps == [9, 12]
     before = first.final_state()
@@ -112,37 +124,37 @@ def test_a_finished_run_is_saved_and_resuming_it_does_nothing(tmp_path):
     assert differences(before, second.final_state()) == []
 
 
-def test_saves_happen_at_optimizer_steps_only_and_the_last_ones_are_kept(tmp_path, straight):
+def test_saves_happen_at_optimizer_steps_only_and_the_last_ones_are_kept(
+    tmp_path: Path, straight: dict[int, Run]
+) -> None:
     class Record(Callback):
-        def on_save_checkpoint(self, trainer, pl_module, state):
+        def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, state: dict[str, Any]) -> None:
             saves.append((trainer.global_step, int(pl_module.count)))
 
-    saves = []
+    saves: list[tuple[int, int]] = []
     run = Run(tmp_path, Record(), accumulate=4, checkpoints=Checkpoints(every_n_steps=5, keep_last=3))
     assert saves == [(5, 20), (10, 40), (12, 48)]
     assert run.saved_steps == [5, 10, 12]
     assert straight[4].saved_steps == [9, 12]
 
 
-def test_seconds_may_set_the_interval(tmp_path):
+def test_seconds_may_set_the_interval(tmp_path: Path) -> None:
     often = Run(tmp_path / "often", checkpoints=Checkpoints(every_n_seconds=1e-9, keep_last=20))
     assert often.saved_steps == list(range(1, NUM_STEPS + 1))
     seldom = Run(tmp_path / "seldom", checkpoints=Checkpoints(every_n_seconds=1e9))
     assert seldom.saved_steps == [NUM_STEPS]
 
 
-def test_the_manifest_has_the_tokens_of_the_completed_steps(straight):
-    newest, _ = checkpoint.newest_valid(straight[4].folder)
-    assert checkpoint.verify(newest).tokens == straight[4].module.tokens_seen == NUM_STEPS * 4 * 16
+def test_the_manifest_has_the_tokens_of_the_completed_steps(straight: dict[int, Run]) -> None:
+    assert checkpoint.verify(straight[4].newest).tokens == straight[4].module.tokens_seen == NUM_STEPS * 4 * 16
 
 
-def test_a_checkpoint_loads_without_unpickling_code(straight):
-    newest, _ = checkpoint.newest_valid(straight[1].folder)
-    assert "state_dict" in torch.load(newest / checkpoint.STATE, weights_only=True)
+def test_a_checkpoint_loads_without_unpickling_code(straight: dict[int, Run]) -> None:
+    assert "state_dict" in torch.load(straight[1].newest / checkpoint.STATE, weights_only=True)
 
 
 @contextmanager
-def files_limited_to(num_bytes):
+def files_limited_to(num_bytes: int) -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:
@@ -154,18 +166,20 @@ def files_limited_to(num_bytes):
 class DiskFull(Callback):
     """Full from the training step of one micro-batch to that of another."""
 
-    def __init__(self, first, last):
+    def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
         self.limit = files_limited_to(1000)
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.first:
             self.limit.__enter__()
         elif batch_idx == self.last:
             self.limit.__exit__(None, None, None)
 
 
-def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, straight, capsys):
+def test_a_full_disk_costs_a_line_and_not_the_run(
+    tmp_path: Path, straight: dict[int, Run], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run(tmp_path, DiskFull(4, 10))
     lines = [line for line in capsys.readouterr().err.splitlines() if "checkpoint" in line and "not written" in line]
     assert lines == [
@@ -176,24 +190,29 @@ def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, straight, capsys):
     assert run.losses == straight[1].losses
 
 
-def test_a_full_disk_at_the_end_fails_the_run_and_spares_the_old_checkpoint(tmp_path, straight):
+def test_a_full_disk_at_the_end_fails_the_run_and_spares_the_old_checkpoint(
+    tmp_path: Path, straight: dict[int, Run]
+) -> None:
     with files_limited_to(resource.RLIM_INFINITY), pytest.raises(OSError, match="File too large"):
         Run(tmp_path, DiskFull(8, 99))
-    newest, skipped = checkpoint.newest_valid(tmp_path / "checkpoints")
-    assert newest.name == "step-00000006"
-    assert skipped == []
-    assert not list(newest.parent.glob("*.tmp"))
+    folder = tmp_path / "checkpoints"
+    assert checkpoint.newest_valid(folder) == (folder / "step-00000006", [])
+    assert not list(folder.glob("*.tmp"))
 
 
-def test_a_folder_that_cannot_be_written_costs_a_line_and_the_end_fails(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_costs_a_line_and_the_end_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(FileExistsError, match="checkpoints"):
         Run(tmp_path)
     assert "checkpoint of step 3 not written, training goes on: [Errno 17] File exists" in capsys.readouterr().err
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_costs_a_line(tmp_path, capsys, monkeypatch):
-    def refuse(path, ignore_errors=False):
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
         if not ignore_errors:
             raise PermissionError(13, "Permission denied", str(path))
 
@@ -203,22 +222,22 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_a_line(tmp_path, capsys,
     assert run.checkpoints.failed_saves == 0
 
 
-def test_saving_is_booked_by_a_callback_that_books_phases(tmp_path):
+def test_saving_is_booked_by_a_callback_that_books_phases(tmp_path: Path) -> None:
     class Book(Callback):
         @contextmanager
-        def phase(self, name):
+        def phase(self, name: str) -> Iterator[None]:
             entries.append((name, "enter"))
             yield
             entries.append((name, [path.name for path in (tmp_path / "checkpoints").iterdir()]))
 
-    entries = []
+    entries: list[tuple[str, Any]] = []
     Run(tmp_path, Book(), checkpoints=Checkpoints(every_n_steps=99))
     assert entries == [("checkpoint", "enter"), ("checkpoint", ["step-00000012"])]
 
 
-def test_an_exception_in_a_save_leaves_no_temporary_folder(tmp_path):
+def test_an_exception_in_a_save_leaves_no_temporary_folder(tmp_path: Path) -> None:
     class Fail(Callback):
-        def on_save_checkpoint(self, trainer, pl_module, state):
+        def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, state: dict[str, Any]) -> None:
             raise Killed
 
     assert Run(tmp_path, Fail()).killed
@@ -238,6 +257,6 @@ def test_an_exception_in_a_save_leaves_no_temporary_folder(tmp_path):
         ({"every_n_steps": 1, "keep_last": 0}, "keep_last is 0, expected at least 1"),
     ],
 )
-def test_impossible_arguments_are_refused(arguments, message):
+def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Checkpoints(**arguments)

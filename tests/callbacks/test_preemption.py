@@ -7,9 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from lightning.pytorch import Trainer
 
 from ds_lightning.callbacks.checkpoints import Checkpoints
 from ds_lightning.callbacks.preemption import Preemption
@@ -21,12 +25,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("straight"), Preemption(), accumulate=4)
 
 
 @pytest.fixture(autouse=True)
-def _handlers_are_put_back():
+def _handlers_are_put_back() -> Iterator[None]:
     before = [signal.getsignal(number) for number in HANDLED]
     yield
     after = [signal.getsignal(number) for number in HANDLED]
@@ -36,7 +40,9 @@ def _handlers_are_put_back():
 
 
 @pytest.mark.parametrize("number", HANDLED)
-def test_a_signal_in_mid_accumulation_stops_at_the_step_and_resumes_bitwise(tmp_path, straight, number):
+def test_a_signal_in_mid_accumulation_stops_at_the_step_and_resumes_bitwise(
+    tmp_path: Path, straight: Run, number: signal.Signals
+) -> None:
     preemption = Preemption()
     first = Run(tmp_path, preemption, At(send(number), micro_batch=4 * 6 + 1), accumulate=4)
     assert preemption.preempted
@@ -46,7 +52,7 @@ def test_a_signal_in_mid_accumulation_stops_at_the_step_and_resumes_bitwise(tmp_
     assert first.points + second.points == straight.points
 
 
-def test_a_signal_in_a_validation_waits_for_its_end(tmp_path, straight):
+def test_a_signal_in_a_validation_waits_for_its_end(tmp_path: Path, straight: Run) -> None:
     preemption = Preemption()
     first = Run(tmp_path, preemption, At(send(signal.SIGTERM), validation=4), accumulate=4)
     assert preemption.preempted
@@ -56,9 +62,9 @@ def test_a_signal_in_a_validation_waits_for_its_end(tmp_path, straight):
     assert departures(straight, first, second) == {}
 
 
-def test_a_signal_in_a_save_stops_at_the_next_step(tmp_path, straight):
+def test_a_signal_in_a_save_stops_at_the_next_step(tmp_path: Path, straight: Run) -> None:
     class Send(Preemption):
-        def on_save_checkpoint(self, trainer, pl_module, state):
+        def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, state: dict[str, Any]) -> None:
             if trainer.global_step == 6:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
@@ -70,22 +76,22 @@ def test_a_signal_in_a_save_stops_at_the_next_step(tmp_path, straight):
     assert departures(straight, first, second) == {}
 
 
-def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path, straight):
+def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path: Path, straight: Run) -> None:
     preemption = Preemption()
     run = Run(tmp_path, preemption, At(send(signal.SIGTERM), micro_batch=45), accumulate=4)
     assert not preemption.preempted
     assert run.points == straight.points
 
 
-def test_a_stop_for_another_reason_is_no_preemption(tmp_path):
+def test_a_stop_for_another_reason_is_no_preemption(tmp_path: Path) -> None:
     preemption = Preemption()
     run = Run(tmp_path, preemption, At(stop, micro_batch=3))
     assert run.checkpoints.stopped
     assert not preemption.preempted
 
 
-def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
-    def twice(trainer):
+def test_a_second_interrupt_ends_the_run_at_once(tmp_path: Path) -> None:
+    def twice(trainer: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -94,11 +100,12 @@ def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
         Run(tmp_path, preemption, At(twice, micro_batch=4))
     assert isinstance(raised.value.__context__, KeyboardInterrupt)
     assert not preemption.preempted
-    assert checkpoint.newest_valid(tmp_path / "checkpoints")[0].name == "step-00000003"
+    folder = tmp_path / "checkpoints"
+    assert checkpoint.newest_valid(folder) == (folder / "step-00000003", [])
 
 
-def test_a_signal_after_another_one_is_no_second_interrupt(tmp_path):
-    def both(trainer):
+def test_a_signal_after_another_one_is_no_second_interrupt(tmp_path: Path) -> None:
+    def both(trainer: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -107,11 +114,11 @@ def test_a_signal_after_another_one_is_no_second_interrupt(tmp_path):
     assert preemption.preempted
 
 
-def test_the_old_handlers_are_back_after_a_run_that_failed(tmp_path):
+def test_the_old_handlers_are_back_after_a_run_that_failed(tmp_path: Path) -> None:
     assert Run(tmp_path, Preemption(), At(kill, micro_batch=2)).killed  # the fixture compares
 
 
-def test_a_fresh_run_forgets_the_signal_of_an_earlier_one(tmp_path):
+def test_a_fresh_run_forgets_the_signal_of_an_earlier_one(tmp_path: Path) -> None:
     preemption, checkpoints = Preemption(), Checkpoints(every_n_steps=5)
     Run(tmp_path / "a", preemption, At(send(signal.SIGTERM), micro_batch=2), checkpoints=checkpoints)
     assert preemption.preempted
@@ -120,30 +127,26 @@ def test_a_fresh_run_forgets_the_signal_of_an_earlier_one(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGNONE", "SIGKILL", "SIG_DFL", "term"])
-def test_a_name_that_is_no_signal_is_refused(name):
+def test_a_name_that_is_no_signal_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"signals has '{name}', expected names of signals such as SIGTERM"):
         Preemption(signals=["SIGTERM", name])
 
 
-def test_a_trainer_without_checkpoints_is_refused():
-    class Bare:
-        callbacks = ()
-
+def test_a_trainer_without_checkpoints_is_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.callbacks has no Checkpoints, expected one"):
-        Preemption().setup(Bare(), None, "fit")
+        Preemption().setup(Mock(callbacks=[]), Mock(), "fit")
 
 
-def run_until_killed(folder, scenario):
+def run_until_killed(folder: Path, scenario: str) -> None:
     """Train in this process and kill it: in the middle of an accumulation, or of a save."""
-    kill_now = send(signal.SIGKILL)
     if scenario == "accumulation":
-        Run(folder, Preemption(), At(kill_now, micro_batch=4 * 7 + 2), accumulate=4)
+        Run(folder, Preemption(), At(send(signal.SIGKILL), micro_batch=4 * 7 + 2), accumulate=4)
     publish = checkpoint.publish
 
-    def cut(temporary, *, tokens):
+    def cut(temporary: Path, *, tokens: int) -> Path:
         if temporary.name == "step-00000009.tmp":
             os.truncate(temporary / checkpoint.STATE, 1000)
-            kill_now(None)
+            os.kill(os.getpid(), signal.SIGKILL)
         return publish(temporary, tokens=tokens)
 
     checkpoint.publish = cut
@@ -151,7 +154,7 @@ def run_until_killed(folder, scenario):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {scenario: tmp_path_factory.mktemp(scenario) for scenario in ("accumulation", "save")}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = [
@@ -163,13 +166,13 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("scenario", ["accumulation", "save"])
-def test_a_process_killed_in_the_middle_resumes_bitwise(killed, straight, scenario):
+def test_a_process_killed_in_the_middle_resumes_bitwise(killed: dict[str, Path], straight: Run, scenario: str) -> None:
     left = sorted(path.name for path in (killed[scenario] / "checkpoints").iterdir())
     assert left == ["step-00000003", "step-00000006", *(["step-00000009.tmp"] if scenario == "save" else [])]
     second = Run(killed[scenario], Preemption(), accumulate=4, resume=True, seed=1)
-    assert second.started_from.name == "step-00000006"
+    assert second.start == 6
     assert departures(straight, straight, second) == {}
 
 
 if __name__ == "__main__":
-    run_until_killed(sys.argv[1], sys.argv[2])
+    run_until_killed(Path(sys.argv[1]), sys.argv[2])

@@ -7,7 +7,9 @@ kind is made on purpose and must be named.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,26 +18,26 @@ from ds_lightning.training import checkpoint
 CONTENT = {"state.ckpt": b"weights" * 50, "shards/rank0.pt": b"zero", "shards/deep/rank1.pt": b""}
 
 
-def write(folder, step, content=CONTENT):
+def write(folder: Path, step: int) -> Path:
     temporary = checkpoint.temporary(folder, step)
     checkpoint.begin(temporary)
-    for name, data in content.items():
+    for name, data in CONTENT.items():
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         (temporary / name).write_bytes(data)
     return checkpoint.publish(temporary, tokens=step * 10)
 
 
-def names(folder):
+def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def flip_bit(path):
+def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
-def test_a_published_checkpoint_is_whole_and_says_what_it_is(tmp_path):
+def test_a_published_checkpoint_is_whole_and_says_what_it_is(tmp_path: Path) -> None:
     final = write(tmp_path / "run" / "checkpoints", 100)
     assert final.name == "step-00000100"
     assert {name: (final / name).read_bytes() for name in CONTENT} == CONTENT
@@ -44,7 +46,7 @@ def test_a_published_checkpoint_is_whole_and_says_what_it_is(tmp_path):
     assert checkpoint.newest_valid(final.parent) == (final, [])
 
 
-def test_no_folder_and_an_empty_one_hold_no_checkpoint(tmp_path):
+def test_no_folder_and_an_empty_one_hold_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.newest_valid(tmp_path / "absent") == (None, [])
     assert checkpoint.newest_valid(tmp_path) == (None, [])
 
@@ -53,11 +55,13 @@ class Crash(BaseException):
     pass
 
 
-def test_a_crash_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
-    calls_left = None
+def test_a_crash_at_any_moment_leaves_the_old_or_the_new_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls_left: int | None = None
 
-    def crashing(function):
-        def call(*args, **kwargs):
+    def crashing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls_left
             if calls_left == 0:
                 raise Crash
@@ -69,7 +73,7 @@ def test_a_crash_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path, mo
     monkeypatch.setattr(os, "fsync", crashing(os.fsync))
     for name in ("rename", "write_text", "mkdir", "unlink", "rmdir"):
         monkeypatch.setattr(Path, name, crashing(getattr(Path, name)))
-    outcomes = []
+    outcomes: list[str] = []
     while not outcomes or outcomes[-1] != "finished":
         folder = tmp_path / str(len(outcomes))
         old = write(folder, 100)
@@ -92,11 +96,20 @@ def test_a_crash_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path, mo
     assert len(outcomes) > 8
 
 
-def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
-    events = []
+def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
     fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
-    monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("rename"), rename(path, to))[1])
+
+    def record_fsync(descriptor: int) -> None:
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def record_rename(path: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
     write(tmp_path, 1)
     temporary = str(checkpoint.temporary(tmp_path, 1))
     inside = {temporary, *(f"{temporary}/{name}" for name in [*CONTENT, "shards", "shards/deep"])}
@@ -106,20 +119,20 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     assert events[events.index("rename") + 1 :] == [str(tmp_path)]
 
 
-def alter_manifest(**fields):
-    def alter(path):
+def alter_manifest(**fields: Any) -> Callable[[Path], Any]:
+    def alter(path: Path) -> None:
         manifest = path / checkpoint.MANIFEST
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **fields}))
 
     return alter
 
 
-def replace_by_link(path):
+def replace_by_link(path: Path) -> None:
     (path / "state.ckpt").rename(path.parent / "elsewhere.tmp")
     (path / "state.ckpt").symlink_to(path.parent / "elsewhere.tmp")
 
 
-DAMAGE = {
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda path: os.truncate(path / "state.ckpt", 349), r"state\.ckpt has 349 bytes, expected 350"),
     "missing": (lambda path: (path / "shards/rank0.pt").unlink(), r"shards/rank0\.pt is missing, expected 4 bytes"),
     "flipped": (
@@ -139,7 +152,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_named_and_the_run_falls_back(tmp_path, kind):
+def test_damage_is_named_and_the_run_falls_back(tmp_path: Path, kind: str) -> None:
     damage, message = DAMAGE[kind]
     old, new = write(tmp_path, 100), write(tmp_path, 200)
     damage(new)
@@ -154,13 +167,13 @@ def test_damage_is_named_and_the_run_falls_back(tmp_path, kind):
     assert checkpoint.newest_valid(tmp_path) == (new, [])
 
 
-def test_a_renamed_checkpoint_is_not_valid(tmp_path):
+def test_a_renamed_checkpoint_is_not_valid(tmp_path: Path) -> None:
     renamed = write(tmp_path, 100).rename(tmp_path / "step-00000300")
     with pytest.raises(ValueError, match="the folder is named step-00000300, its manifest is of step 100"):
         checkpoint.verify(renamed)
 
 
-def test_a_checkpoint_that_is_not_there_or_is_a_file_is_refused(tmp_path):
+def test_a_checkpoint_that_is_not_there_or_is_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such folder"):
         checkpoint.verify(tmp_path / "step-00000001")
     (tmp_path / "step-00000002").touch()
@@ -168,7 +181,7 @@ def test_a_checkpoint_that_is_not_there_or_is_a_file_is_refused(tmp_path):
         checkpoint.verify(tmp_path / "step-00000002")
 
 
-def test_other_things_in_the_folder_are_mentioned_and_temporary_ones_are_not(tmp_path):
+def test_other_things_in_the_folder_are_mentioned_and_temporary_ones_are_not(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").touch()
     checkpoint.temporary(tmp_path, 5).mkdir()
     newest, skipped = checkpoint.newest_valid(tmp_path)
@@ -176,7 +189,7 @@ def test_other_things_in_the_folder_are_mentioned_and_temporary_ones_are_not(tmp
     assert [item.reason for item in skipped] == ["found the name 'last.ckpt', expected step- and 8 digits"]
 
 
-def test_newest_is_what_was_published_last_and_not_the_highest_step(tmp_path):
+def test_newest_is_what_was_published_last_and_not_the_highest_step(tmp_path: Path) -> None:
     for step in (100, 300, 200):
         write(tmp_path, step)
     assert checkpoint.newest_valid(tmp_path)[0] == tmp_path / "step-00000200"
@@ -184,12 +197,12 @@ def test_newest_is_what_was_published_last_and_not_the_highest_step(tmp_path):
     assert names(tmp_path) == ["step-00000200", "step-00000300"]
 
 
-def test_steps_beyond_eight_digits_keep_their_order(tmp_path):
+def test_steps_beyond_eight_digits_keep_their_order(tmp_path: Path) -> None:
     write(tmp_path, 99_999_999)
     assert write(tmp_path, 100_000_000) == checkpoint.newest_valid(tmp_path)[0]
 
 
-def test_retention_keeps_the_last_ones(tmp_path):
+def test_retention_keeps_the_last_ones(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
     assert len(checkpoint.retain(tmp_path, 3)) == 1
@@ -197,7 +210,7 @@ def test_retention_keeps_the_last_ones(tmp_path):
     assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
 
 
-def test_retention_never_deletes_the_only_valid_checkpoint(tmp_path):
+def test_retention_never_deletes_the_only_valid_checkpoint(tmp_path: Path) -> None:
     old, *newer = [write(tmp_path, step) for step in (1, 2, 3)]
     os.truncate(newer[0] / "state.ckpt", 3)
     flip_bit(newer[1] / "state.ckpt")
@@ -208,7 +221,7 @@ def test_retention_never_deletes_the_only_valid_checkpoint(tmp_path):
     assert checkpoint.newest_valid(tmp_path) == (old, [])
 
 
-def test_retention_leaves_alone_what_the_store_did_not_write(tmp_path):
+def test_retention_leaves_alone_what_the_store_did_not_write(tmp_path: Path) -> None:
     (tmp_path / "step-00000001").mkdir()
     (tmp_path / "notes").touch()
     write(tmp_path, 2)
@@ -216,10 +229,14 @@ def test_retention_leaves_alone_what_the_store_did_not_write(tmp_path):
     assert names(tmp_path) == ["notes", "step-00000001", "step-00000002"]
 
 
-def test_deletion_goes_through_a_temporary_name(tmp_path, monkeypatch):
+def test_deletion_goes_through_a_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = write(tmp_path, 1)
     write(tmp_path, 2)
-    monkeypatch.setattr("shutil.rmtree", lambda path: (_ for _ in ()).throw(Crash))
+
+    def crash(path: Path) -> None:
+        raise Crash
+
+    monkeypatch.setattr("shutil.rmtree", crash)
     with pytest.raises(Crash):
         checkpoint.retain(tmp_path, 1)
     monkeypatch.undo()
@@ -229,7 +246,7 @@ def test_deletion_goes_through_a_temporary_name(tmp_path, monkeypatch):
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-def test_a_folder_that_cannot_be_made_raises_an_os_error_with_its_path(tmp_path):
+def test_a_folder_that_cannot_be_made_raises_an_os_error_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(FileExistsError, match="checkpoints"):
         checkpoint.begin(checkpoint.temporary(tmp_path / "checkpoints", 1))
