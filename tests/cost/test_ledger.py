@@ -192,6 +192,19 @@ def test_resuming_twice_from_one_checkpoint_loses_each_second_once(tmp_path: Pat
     ledger.close()
 
 
+def test_what_an_attempt_did_before_it_resumed_is_not_lost(tmp_path: Path) -> None:
+    clock, path = Clock(), tmp_path / "ledger.jsonl"
+    first = start(path, clock)
+    spend(first, clock, "train", 10)
+    state = first.state()
+    first.close()
+    second = start(path, clock)
+    spend(second, clock, "validate", 3)
+    assert second.resume_from(state) == 0
+    assert second.totals().seconds == {"startup": 4, "train": 10, "validate": 3}
+    second.close()
+
+
 def test_going_back_within_an_attempt_loses_what_it_did_since(tmp_path: Path) -> None:
     clock = Clock()
     ledger = start(tmp_path / "ledger.jsonl", clock)
