@@ -1,0 +1,1 @@
+"""Modules whose ``forward`` is the paper's equations in the paper's order."""

@@ -1,0 +1,1 @@
+"""Pure functions of tensors, one folder an operation: ``reference.py`` is the definition, the rest is speed."""
