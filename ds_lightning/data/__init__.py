@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ds_lightning.data.corpus import Corpus, Document
-from ds_lightning.data.prepare import prepare
+from ds_lightning.data.preparation import prepare
 from ds_lightning.data.sampler import BatchSchedule, StepPlan
 from ds_lightning.data.shards import Manifest, TokenShards, TokenStream, compression_baselines
 from ds_lightning.data.tokenizer import load_tokenizer, token_bytes, train_tokenizer

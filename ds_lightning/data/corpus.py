@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ PYTHON_STDLIB = "python-stdlib"
 HUGGING_FACE = "hf:"
 
 OnBadUtf8 = Literal["error", "skip"]
+
+_SKIPPED_FOLDERS = ("__pycache__", "site-packages")
 
 
 class Document(NamedTuple):
@@ -43,7 +46,8 @@ class Corpus:
     A source is one of:
 
     * a file: ``.jsonl`` and ``.ndjson`` are JSON lines, ``.parquet`` is Parquet, anything else is one document of text;
-    * a directory, walked recursively in sorted order without hidden entries and ``__pycache__``;
+    * a directory, walked recursively in sorted order without hidden entries, ``__pycache__`` and
+      ``site-packages``;
     * a glob pattern, ``**`` included;
     * ``hf:owner/name`` or ``hf:owner/name:config``: the ``train`` split of a Hugging Face dataset, streamed;
     * ``python-stdlib``: the modules of the running Python's standard library. Its few deliberately broken files are
@@ -90,7 +94,7 @@ class Corpus:
         elif source == PYTHON_STDLIB:
             root = Path(sysconfig.get_paths()["stdlib"])
             for path in _walk(root):
-                if path.suffix == ".py" and "site-packages" not in path.parts:
+                if path.suffix == ".py":
                     yield from self._read_text(path, path.relative_to(root).as_posix(), "skip")
         else:
             for path, name in _expand(source):
@@ -201,10 +205,9 @@ class Corpus:
 def _walk(root: Path) -> list[Path]:
     """List the files below ``root`` in the order of their names, without hidden ones and byte code."""
     files = []
-    for path in root.rglob("*"):
-        inside = path.relative_to(root).parts
-        if not any(part.startswith(".") or part == "__pycache__" for part in inside) and path.is_file():
-            files.append(path)
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS and not name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 

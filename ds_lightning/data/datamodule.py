@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from jaxtyping import UInt16
+from jaxtyping import Int64, UInt16
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from ds_lightning.data.corpus import OnBadUtf8
 from ds_lightning.data.packing import counted_labels, document_segments, num_full_rows, num_rows, read_rows
-from ds_lightning.data.prepare import prepare
+from ds_lightning.data.preparation import prepare
 from ds_lightning.data.sampler import BatchSchedule, StepPlan, micro_batch, row_order
 from ds_lightning.data.shards import TokenShards, TokenStream
 
-Batch = dict[str, torch.Tensor | int]
+
+class Batch(TypedDict):
+    """Rows of packed documents."""
+
+    input_ids: Int64[torch.Tensor, "batch seq"]
+    labels: Int64[torch.Tensor, "batch seq"]
+    """The token after each of ``input_ids``; -100 is not counted."""
+    segment_ids: NotRequired[Int64[torch.Tensor, "batch seq"]]
+    """Index of the document within the row; only where attention should stay within documents."""
+    step_tokens: int
+    """Counted labels of the whole optimizer step over all ranks and micro-batches; in validation, of the batches of
+    all ranks."""
 
 
 class BatchRequest(NamedTuple):
@@ -42,10 +53,11 @@ class PackedBatches(Dataset[Batch]):
     def __getitem__(self, request: BatchRequest) -> Batch:
         rows = np.array(request.rows, dtype=np.int64)
         inputs, labels = read_rows(self.stream, rows, self.seq_len, pad_id=self.pad_id)
-        batch: Batch = {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
+        batch = Batch(
+            input_ids=torch.from_numpy(inputs), labels=torch.from_numpy(labels), step_tokens=request.step_tokens
+        )
         if self.mask_documents:
             batch["segment_ids"] = torch.from_numpy(document_segments(inputs, self.eos_id))
-        batch["step_tokens"] = request.step_tokens
         return batch
 
 
@@ -107,14 +119,10 @@ class _Requests:
 
 
 class TokenDataModule(pl.LightningDataModule):
-    """Packed batches of a corpus for pretraining.
+    """Packed batches of a corpus for pretraining, each a :class:`Batch`.
 
     Which tokens an optimizer step sees depends on the seed and the tokens consumed before it, not on ranks,
     accumulation or workers. Documents are packed one after the other (DeepSeek-V3, arXiv:2412.19437, section 4.1).
-
-    A batch is a dict with ``input_ids`` and ``labels``, int64 [batch seq]: ``labels[t]`` follows ``input_ids[t]``, -100
-    is not counted; ``segment_ids``, int64 [batch seq], with ``mask_documents``; and ``step_tokens``, the counted labels
-    of the whole optimizer step over all ranks and micro-batches (in validation: of the batches of all ranks).
 
     Args:
         sources: Files, directories, globs, ``hf:owner/name`` or ``python-stdlib``.
@@ -183,10 +191,11 @@ class TokenDataModule(pl.LightningDataModule):
         self.text_key = text_key
         self.seed = seed
         self.num_workers = num_workers
-        schedule = BatchSchedule(
-            batch_size, ramp_tokens, start_batch_size, ramp_multiple or gcd(batch_size, start_batch_size or batch_size)
+        if ramp_multiple is None:
+            ramp_multiple = gcd(batch_size, start_batch_size or batch_size)
+        self.plan = StepPlan(
+            BatchSchedule(batch_size, ramp_tokens, start_batch_size, ramp_multiple), seq_len, total_tokens
         )
-        self.plan = StepPlan(schedule, seq_len, total_tokens)
         self.tokens_seen = 0
         self.shards: TokenShards | None = None
 
@@ -299,7 +308,7 @@ class TokenDataModule(pl.LightningDataModule):
         """Return the tokens of the completed optimizer steps; what a step not completed has seen, it sees again."""
         if self.trainer is None or self.trainer.global_step == 0:
             return {"tokens_seen": self.tokens_seen}
-        return {"tokens_seen": self.plan.tokens_before(self.trainer.global_step)}
+        return {"tokens_seen": self.plan.step(self.trainer.global_step).tokens_before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next iteration begin where the state was taken.

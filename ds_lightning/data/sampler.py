@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,8 +91,10 @@ class BatchSchedule:
             raise ValueError(f"batch_size is {self.batch_size} and ramp_multiple {self.multiple}, expected at least 1")
         if self.ramp_tokens < 0:
             raise ValueError(f"ramp_tokens is {self.ramp_tokens}, expected 0 (no ramp) or more")
-        if self.ramp_tokens and self.start_batch_size is None:
-            raise ValueError(f"ramp_tokens is {self.ramp_tokens}, expected start_batch_size with it")
+        if (self.ramp_tokens > 0) != (self.start_batch_size is not None):
+            raise ValueError(
+                f"ramp_tokens is {self.ramp_tokens} and start_batch_size {self.start_batch_size}, expected both or none"
+            )
         if not 1 <= self.first <= self.batch_size:
             raise ValueError(f"start_batch_size is {self.first}, expected 1 to batch_size ({self.batch_size})")
         for name, value in (("batch_size", self.batch_size), ("start_batch_size", self.first)):
@@ -108,13 +110,30 @@ class BatchSchedule:
         """Return the rows of the step that begins after ``tokens_seen`` tokens."""
         if tokens_seen >= self.ramp_tokens:
             return self.batch_size
-        stairs = (self.batch_size - self.first) // self.multiple
-        return self.first + self.multiple * (stairs * tokens_seen // self.ramp_tokens)
+        return self.first + self.multiple * (self.stairs * tokens_seen // self.ramp_tokens)
+
+    def stair_end(self, tokens_seen: int) -> int:
+        """Return the least number of tokens at which a step sees more rows than after ``tokens_seen`` in the ramp."""
+        climbed = (self.rows(tokens_seen) - self.first) // self.multiple
+        return -(-(climbed + 1) * self.ramp_tokens // self.stairs)
+
+    @property
+    def stairs(self) -> int:
+        """How often the batch grows."""
+        return (self.batch_size - self.first) // self.multiple
 
 
 class Step(NamedTuple):
     """A global optimizer step."""
 
+    tokens_before: int
+    rows: int
+
+
+class _Stair(NamedTuple):
+    """Steps in succession that see equally many rows."""
+
+    first_step: int
     tokens_before: int
     rows: int
 
@@ -137,42 +156,40 @@ class StepPlan:
         self.schedule = schedule
         self.seq_len = seq_len
         self.total_tokens = total_tokens
-        self._ramp = [0]  # tokens before each step of the ramp, and before the first step after it
-        while self._ramp[-1] < min(schedule.ramp_tokens, total_tokens):
-            self._ramp.append(self._ramp[-1] + schedule.rows(self._ramp[-1]) * seq_len)
-        left = max(0, total_tokens - self._ramp[-1])
-        self.num_steps = len(self._ramp) - 1 + -(-left // (schedule.batch_size * seq_len))
+        self._stairs = [_Stair(0, 0, schedule.rows(0))]
+        while (last := self._stairs[-1]).rows < schedule.batch_size:
+            steps = -(-(schedule.stair_end(last.tokens_before) - last.tokens_before) // (last.rows * seq_len))
+            tokens = last.tokens_before + steps * last.rows * seq_len
+            self._stairs.append(_Stair(last.first_step + steps, tokens, schedule.rows(tokens)))
+        last = self._stairs[bisect_left(self._stairs, total_tokens, key=lambda stair: stair.tokens_before) - 1]
+        self.num_steps = last.first_step + -(-(total_tokens - last.tokens_before) // (last.rows * seq_len))
 
-    def tokens_before(self, step: int) -> int:
-        """Return the tokens consumed before a step, counted from 0."""
-        ramp_steps = len(self._ramp) - 1
-        if step <= ramp_steps:
-            return self._ramp[step]
-        return self._ramp[-1] + (step - ramp_steps) * self.schedule.batch_size * self.seq_len
+    def step(self, number: int) -> Step:
+        """Return a step by its number, from 0; one past the end is what a longer run would see."""
+        stair = self._stairs[bisect_right(self._stairs, number, key=lambda stair: stair.first_step) - 1]
+        tokens = stair.tokens_before + (number - stair.first_step) * stair.rows * self.seq_len
+        return Step(tokens, stair.rows)
 
     def step_at(self, tokens_seen: int) -> int:
-        """Return the step that begins after ``tokens_seen`` tokens.
+        """Return the number of the step that begins after ``tokens_seen`` tokens.
 
         Raises:
             ValueError: If none does: the tokens were consumed under another schedule.
         """
-        if tokens_seen <= self._ramp[-1]:
-            step = bisect_right(self._ramp, tokens_seen) - 1
-        else:
-            step = len(self._ramp) - 1 + (tokens_seen - self._ramp[-1]) // (self.schedule.batch_size * self.seq_len)
-        if tokens_seen < 0 or self.tokens_before(step) != tokens_seen:
+        stair = self._stairs[bisect_right(self._stairs, tokens_seen, key=lambda stair: stair.tokens_before) - 1]
+        steps, rest = divmod(tokens_seen - stair.tokens_before, stair.rows * self.seq_len)
+        if tokens_seen < 0 or rest:
             raise ValueError(
                 f"the run stands at {tokens_seen} tokens, where no step of batch_size {self.schedule.batch_size}, "
                 f"ramp_tokens {self.schedule.ramp_tokens} and seq_len {self.seq_len} begins: continue with the values "
                 "it began with"
             )
-        return step
+        return stair.first_step + steps
 
     def steps(self, tokens_seen: int = 0) -> Iterator[Step]:
         """Yield the steps from the one that begins after ``tokens_seen`` tokens; see :meth:`step_at`."""
-        for step in range(self.step_at(tokens_seen), self.num_steps):
-            tokens = self.tokens_before(step)
-            yield Step(tokens, (self.tokens_before(step + 1) - tokens) // self.seq_len)
+        for number in range(self.step_at(tokens_seen), self.num_steps):
+            yield self.step(number)
 
 
 def micro_batch(step: Step, seq_len: int, *, micro: int, accumulate: int, rank: int, world_size: int) -> range:

@@ -152,7 +152,7 @@ class TokenShards:
     """A prepared corpus, opened and verified.
 
     Args:
-        folder: What :func:`ds_lightning.data.prepare.prepare` made.
+        folder: What :func:`ds_lightning.data.preparation.prepare` made.
         verify: ``size`` compares the sizes of all files, ``full`` their SHA-256 too; ``auto`` is ``full`` up to
             :data:`FULL_VERIFY_BYTES`. The tokenizer's SHA-256 is always compared.
 

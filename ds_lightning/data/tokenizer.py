@@ -46,7 +46,7 @@ SPLIT = "|".join(
     (
         r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]{1,64}",  # a word with the space, dot, underscore or bracket before it
         r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{M}\p{N}]{1,64}[\r\n]{0,8}[ \t]{0,64}",  # punctuation, the line end after it, the indentation
+        r" ?[^\s\p{L}\p{M}\p{N}]{1,64}[\r\n]{0,8}[ \t]{0,64}",  # punctuation, the line end and spaces after it
         r"[ \t]{0,64}[\r\n]{1,8}[ \t]{0,64}",  # line ends and the indentation after them
         r"\s{1,64}(?!\S)",  # spaces, but for the last one, which goes with the word
         r"\s{1,64}",
@@ -98,13 +98,15 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int, *, sample_by
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a ``tokenizer.json``; special tokens of :data:`SPECIAL_TOKENS` that it lacks are added after its own.
 
+    Text does not encode to special tokens. Who wants that, to write a prompt with them for example, sets
+    ``encode_special_tokens`` to False.
+
     Raises:
         ValueError: If the file is no tokenizer, or one that is not byte-level and so cannot round-trip any text.
         FileNotFoundError: If there is no such file.
     """
     text = Path(path).read_text(encoding="utf-8")
     try:
-        # The library raises a bare Exception for any bad content; JSON and these keys decide it before that.
         description = json.loads(text)
         model, decoder = description["model"]["type"], description["decoder"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -116,10 +118,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{path} is a {model} tokenizer with the decoder {json.dumps(decoder)[:80]}, expected a byte-level BPE"
         )
     tokenizer = Tokenizer.from_str(text)
-    known = tokenizer.get_vocab()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS if token not in known]
-    )
+    # Those it knows are added too: a tokenizer may hold them as ordinary added tokens, which text would encode to.
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
