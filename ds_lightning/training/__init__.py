@@ -1,0 +1,5 @@
+"""LightningModules and the checkpoint store."""
+
+from ds_lightning.training.pretrain import PretrainModule
+
+__all__ = ["PretrainModule"]

@@ -1,0 +1,54 @@
+"""The folder of a run: which config it belongs to."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG = "config.yaml"
+
+_FIXED = ("seed_everything", "model", "data", "trainer.precision", "trainer.accumulate_grad_batches",
+          "trainer.gradient_clip_val")
+
+
+def claim_run_folder(folder: Path, config: dict[str, Any]) -> None:
+    """Write the resolved config into a new run folder, or check that an old one belongs to the same training.
+
+    Model, data, seed, precision, accumulation and clipping may not change within a run; where it runs, what it
+    logs and how often it saves may.
+
+    Args:
+        folder: The run's folder.
+        config: The resolved config.
+
+    Raises:
+        ValueError: If the folder belongs to another config; the message names the first difference.
+        OSError: If the folder cannot be written.
+    """
+    path = folder / CONFIG
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key in _FIXED:
+            difference = _first_difference(key, _at(earlier, key), _at(config, key))
+            if difference:
+                raise ValueError(f"{folder} belongs to another config: {difference}; give another --out")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
+def _first_difference(key: str, earlier: Any, now: Any) -> str:
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        for name in [*earlier, *(name for name in now if name not in earlier)]:
+            difference = _first_difference(f"{key}.{name}", earlier.get(name), now.get(name))
+            if difference:
+                return difference
+        return ""
+    return "" if earlier == now else f"{key} was {earlier!r}, is now {now!r}"
