@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
@@ -126,11 +126,17 @@ def test_two_preparations_are_the_same_file_for_file(corpus: Path, tmp_path: Pat
     assert one == two
 
 
-def test_another_seed_is_another_order_and_another_split(corpus: Path, tmp_path: Path) -> None:
-    one, two = (
-        prepare([str(corpus)], tmp_path / f"{seed}", vocab_size=300, val_fraction=0.3, seed=seed) for seed in (0, 1)
-    )
-    assert one.files["val.txt"].sha256 != two.files["val.txt"].sha256
+def test_documents_are_held_out_at_the_rate_and_by_the_seed() -> None:
+    one, two = ([is_held_out(seed, str(number), 0.3) for number in range(4000)] for seed in (0, 1))
+    assert abs(sum(one) / 4000 - 0.3) < 0.03
+    assert abs(sum(both == (True, True) for both in zip(one, two, strict=True)) / 4000 - 0.09) < 0.02
+
+
+def test_the_tokenizer_learns_nothing_from_held_out_documents(corpus: Path, tmp_path: Path) -> None:
+    held_out = next(path for path in corpus.iterdir() if is_held_out(0, path.name, 0.3))
+    held_out.write_text("zyzzyva " * 1000)
+    prepare([str(corpus)], tmp_path / "out", vocab_size=300, val_fraction=0.3)
+    assert not any("zy" in token for token in TokenShards(tmp_path / "out").tokenizer.get_vocab())
 
 
 def test_a_long_document_is_encoded_in_pieces_and_comes_back(
@@ -138,11 +144,14 @@ def test_a_long_document_is_encoded_in_pieces_and_comes_back(
 ) -> None:
     monkeypatch.setattr("ds_lightning.data.preparation.PIECE_CHARACTERS", 50)
     monkeypatch.setattr("ds_lightning.data.preparation.BATCH_CHARACTERS", 500)
-    (corpus / "lines.txt").write_text("a line of text\n" * 100)
+    lines = "a line of text:\n" * 100
+    (corpus / "long.txt").write_text(lines)
     prepare([str(corpus)], tmp_path / "out", vocab_size=300, val_fraction=0.2)
     shards = TokenShards(tmp_path / "out")
     found = documents(shards.train, shards.tokenizer) + documents(shards.val, shards.tokenizer)
     assert sorted(found) == sorted(path.read_bytes().decode() for path in corpus.iterdir() if path.stat().st_size)
+    start, stop = list(pairwise(shards.train.document_offsets().tolist()))[found.index(lines)]
+    assert shards.train.read(start, stop - 1).tolist() == shards.tokenizer.encode(lines).ids, "cut inside a line"
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(corpus: Path, tmp_path: Path) -> None:
@@ -196,24 +205,13 @@ def test_an_empty_folder_is_filled(corpus: Path, tmp_path: Path) -> None:
     TokenShards(tmp_path / "out", verify="full")
 
 
-class FullDisk:
-    """A file that takes so many bytes and then has no space left."""
+class FullDisk(io.FileIO):
+    """A file that takes a hundred bytes and then has no space left."""
 
-    def __init__(self, file: IO[bytes], room: int) -> None:
-        self.file = file
-        self.room = room
-
-    def write(self, data: bytes) -> int:
-        self.room -= len(data)
-        if self.room < 0:
+    def write(self, data: bytes) -> int:  # type: ignore[override]  # bytes are what it is given
+        if self.tell() + len(data) > 100:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data)
-
-    def __enter__(self) -> FullDisk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+        return super().write(data)
 
 
 @pytest.mark.parametrize("full", ["tokens.tmp", "val.tmp", "train-00000.bin", "val.txt"])
@@ -223,8 +221,9 @@ def test_a_full_disk_leaves_nothing_behind(
     real_open = Path.open
 
     def open_on_full_disk(path: Path, mode: str = "r", **kwargs: str) -> object:
-        file = real_open(path, mode, **kwargs)  # type: ignore[call-overload]  # passes on what it was given
-        return FullDisk(file, 100) if path.name == full and mode == "wb" else file
+        if path.name == full and mode == "wb":
+            return FullDisk(path, "w")
+        return real_open(path, mode, **kwargs)  # type: ignore[call-overload]  # passes on what it was given
 
     monkeypatch.setattr(Path, "open", open_on_full_disk)
     before = snapshot(tmp_path)

@@ -112,7 +112,7 @@ def test_a_longer_plan_begins_with_the_shorter_one() -> None:
     assert list(short.steps(long.step(short.num_steps + 3).tokens_before)) == []
 
 
-@pytest.mark.parametrize("tokens", [-16, 1, 17, 47])
+@pytest.mark.parametrize("tokens", [*range(-64, 0, 4), 1, 17, 47])
 def test_a_position_between_steps_belongs_to_another_schedule(tokens: int) -> None:
     plan = StepPlan(BatchSchedule(16, 1000, 4, 4), 4, 5000)
     with pytest.raises(ValueError, match=rf"stands at {tokens} tokens, where no step of batch_size 16.*continue with"):
