@@ -74,6 +74,7 @@ class Checkpoints(Checkpoint):
         self.stopped = False
         self._stop_requested = False
         self._step = 0  # optimizer steps at the latest boundary
+        self._at_boundary = False
         self._saved_step = 0
         self._attempted_step = 0  # of the latest save, whether it failed or not
         self._attempted_at = 0.0
@@ -91,9 +92,11 @@ class Checkpoints(Checkpoint):
         self._stop_requested = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run of the same trainer."""
-        self._random_state = self._loops = None
-        self.stopped = self._stop_requested = False
+        """Forget an earlier run of the same callback."""
+        self._random_state = None
+        if stage == "fit":
+            self._loops = None
+            self.stopped = self._stop_requested = self._at_boundary = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the random state of the checkpoint, after everything that set-up has drawn."""
@@ -111,6 +114,7 @@ class Checkpoints(Checkpoint):
 
         Only here has the step been logged, and has ``should_stop`` no say any more in what is logged or validated.
         """
+        self._at_boundary = False
         if self.stopped:
             trainer.should_stop = True
             trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None
@@ -121,6 +125,7 @@ class Checkpoints(Checkpoint):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
+        self._at_boundary = True
         epoch_loop = trainer.fit_loop.epoch_loop
         loops = copy.deepcopy(trainer.fit_loop.state_dict())
         validation_is_due = self._validation_is_due(trainer)
@@ -137,10 +142,11 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the save that waited for this validation, or stop if that was asked for meanwhile."""
-        if self._loops is None or trainer.fit_loop.epoch_loop._is_training_done:
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if self._loops is None or not self._at_boundary or epoch_loop._is_training_done:
             return
         if self._stop_requested or self._is_due(trainer):
-            self._loops[_VALIDATION] = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
+            self._loops[_VALIDATION] = epoch_loop.val_loop.batch_progress.state_dict()
             self._save(trainer, pl_module, self._loops, must_succeed=self._stop_requested)
             self.stopped = self._stop_requested
 
@@ -166,6 +172,8 @@ class Checkpoints(Checkpoint):
         self.failed_saves = state_dict["failed_saves"]
 
     def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.should_stop:  # now, and not after the validation that Lightning adds to a stop
+            return True
         if self.every_n_steps is not None:
             return self._step // self.every_n_steps > self._attempted_step // self.every_n_steps
         assert self.every_n_seconds is not None
@@ -272,3 +280,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    else:
+        _report(
+            f"random state of {len(state['cuda'])} CUDA devices in the checkpoint, {torch.cuda.device_count()} here: "
+            "not restored, what follows is not bitwise what would have been"
+        )

@@ -22,7 +22,7 @@ class Preemption(Callback):
     validation is worth nothing; keep ``limit_val_batches`` below the notice that the scheduler gives.
 
     A second SIGINT raises KeyboardInterrupt at once. The handlers replace Lightning's own from ``on_train_start`` on,
-    whose SIGTERM handler ends the run without a checkpoint, and the old ones are put back when training ends.
+    whose SIGTERM handler ends the run without a checkpoint. Lightning puts back those from before the run at its end.
 
     Attributes:
         preempted: Whether training was ended before its last step, with a valid checkpoint.
@@ -45,20 +45,21 @@ class Preemption(Callback):
         self.signals = tuple(known[name] for name in signals)
         self.preempted = False
         self._received: set[int] = set()
-        self._previous: dict[signal.Signals, Any] = {}
         self._asked = False
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is something to save with."""
-        self.preempted = self._asked = False
-        self._received.clear()
-        self._checkpoints(trainer)
+        """Check that there is something to save with, and forget an earlier run of the same callback."""
+        if stage == "fit":
+            self._checkpoints(trainer)
+            self.preempted = self._asked = False
+            self._received.clear()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers."""
         self._step = trainer.global_step
-        self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
+        for number in self.signals:
+            signal.signal(number, self._handle)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ask for the stop before ``Checkpoints``, which comes last, looks for it at the same optimizer step."""
@@ -71,13 +72,8 @@ class Preemption(Callback):
         self._ask(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the old handlers back."""
+        """Tell whether training was ended early."""
         self.preempted = self._asked and self._checkpoints(trainer).stopped
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put the old handlers back."""
-        self._restore()
 
     def _ask(self, trainer: Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(bool(self._received), all=False):
@@ -88,11 +84,6 @@ class Preemption(Callback):
         if number == signal.SIGINT and number in self._received:
             raise KeyboardInterrupt
         self._received.add(number)
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
 
     @staticmethod
     def _checkpoints(trainer: Any) -> Checkpoints:

@@ -6,6 +6,7 @@ compared with ``==``. Here runs are interrupted by an exception that leaves on d
 ``test_preemption.py`` has the signals and real kills. A disk that is full is a limit on the size of files.
 """
 
+import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from ds_lightning.callbacks.checkpoints import Checkpoints
+from ds_lightning.callbacks.cost_ledger import CostLedger
 from ds_lightning.training import checkpoint
 from tests.callbacks.toy_run import NUM_STEPS, At, Killed, Run, departures, differences, kill, stop
 
@@ -106,6 +108,53 @@ def test_a_stop_asked_for_in_the_last_step_changes_nothing(tmp_path: Path, strai
     assert not run.checkpoints.stopped
     assert run.points == straight[1].points
     assert run.validated == ALL_VALIDATED
+
+
+@pytest.mark.parametrize(
+    ("action", "where", "resumed_at"),
+    [
+        (stop, {"validation": 4}, 5),  # the validation at micro-batch 18 of 4 x 4 + 2: stops at the next step
+        (stop, {"micro_batch": 11}, 3),  # a validation due in the step after
+        (kill, {"micro_batch": 30}, 6),
+    ],
+)
+def test_validations_in_mid_accumulation_are_neither_lost_nor_repeated(
+    tmp_path: Path, action: Any, where: dict[str, int], resumed_at: int
+) -> None:
+    whole = Run(tmp_path / "whole", accumulate=4, validate_every=6)
+    first = Run(tmp_path / "parts", At(action, **where), accumulate=4, validate_every=6)
+    second = Run(tmp_path / "parts", accumulate=4, validate_every=6, resume=True, seed=1)
+    assert second.start == resumed_at
+    assert departures(whole, first, second) == {}
+
+
+def test_random_state_of_other_devices_is_reported_and_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Elsewhere(Callback):
+        def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, state: dict[str, Any]) -> None:
+            state["callbacks"]["Checkpoints"]["random"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 9
+
+    Run(tmp_path, At(stop, micro_batch=2), Elsewhere())
+    Run(tmp_path, resume=True)
+    here = torch.cuda.device_count()
+    assert f"random state of 9 CUDA devices in the checkpoint, {here} here: not restored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_a_run_that_another_callback_ends_early_can_go_on(tmp_path: Path, straight: dict[int, Run], step: int) -> None:
+    class End(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == step
+
+        def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, state: dict[str, Any]) -> None:
+            saves.append(trainer.global_step)
+
+    saves: list[int] = []
+    first = Run(tmp_path, End())
+    assert first.validated == [0, 4, step]  # Lightning validates when it is told to stop
+    assert saves == [3, step]
+    second = Run(tmp_path, resume=True, seed=1)
+    assert second.points == [point for point in straight[1].points if (point[1] or 0) >= step]
+    assert differences(straight[1].module.state_dict(), second.module.state_dict()) == []
 
 
 def test_a_minimum_of_steps_does_not_hold_up_a_stop(tmp_path: Path) -> None:
@@ -233,6 +282,15 @@ def test_saving_is_booked_by_a_callback_that_books_phases(tmp_path: Path) -> Non
     entries: list[tuple[str, Any]] = []
     Run(tmp_path, Book(), checkpoints=Checkpoints(every_n_steps=99))
     assert entries == [("checkpoint", "enter"), ("checkpoint", ["step-00000012"])]
+
+
+def test_the_ledger_books_saving_as_checkpoint(tmp_path: Path) -> None:
+    ledger = CostLedger(usd_per_device_hour=1.0)
+    Run(tmp_path, ledger)
+    assert ledger.ledger is not None
+    ledger.ledger.close()
+    records = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert sum(record["seconds"].get("checkpoint", 0) for record in records) > 0
 
 
 def test_an_exception_in_a_save_leaves_no_temporary_folder(tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ class Run:
         accumulate: int = 1,
         resume: bool = False,
         checkpoints: Checkpoints | None = None,
+        validate_every: int | None = None,
         seed: int = 0,
         min_steps: int | None = None,
     ) -> None:
@@ -201,7 +202,7 @@ class Run:
             accelerator="cpu",
             max_steps=NUM_STEPS,
             accumulate_grad_batches=accumulate,
-            val_check_interval=4 * accumulate,
+            val_check_interval=validate_every or 4 * accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=1,
             log_every_n_steps=2,
