@@ -112,14 +112,20 @@ def prepare(
     }
     if (ready := _reuse(folder, settings)) is not None:
         return ready
+    corpus = Corpus(sources, text_key=text_key, on_bad_utf8=on_bad_utf8)
+    return _publish(folder, settings, corpus, tokenizer, shard_tokens)
+
+
+def _publish(
+    folder: Path, settings: dict[str, Any], corpus: Corpus, tokenizer: str | None, shard_tokens: int
+) -> Manifest:
+    """Write a temporary folder and rename it when complete; whatever happens, it does not stay."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
     try:
         # mkdtemp is private to the user; a prepared corpus has the permissions of any other folder.
         temporary.chmod(folder.parent.stat().st_mode & 0o777)
-        manifest = _Writer(temporary, settings, shard_tokens).run(
-            Corpus(sources, text_key=text_key, on_bad_utf8=on_bad_utf8), tokenizer
-        )
+        manifest = _Writer(temporary, settings, shard_tokens).run(corpus, tokenizer)
         try:
             temporary.rename(folder)
         except OSError:
