@@ -58,12 +58,11 @@ class MLA(nn.Module):
         key_value = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (config.num_attention_heads, -1))
         k_nope, value = key_value.split((config.qk_nope_head_dim, config.v_head_dim), -1)
 
-        query = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), -1)
+        q_rope = apply_rope(q_rope, cos, sin)
         k_rope = apply_rope(k_rope.unsqueeze(-2), cos, sin).expand(-1, -1, config.num_attention_heads, -1)
-        key = torch.cat((k_nope, k_rope), -1)
         out = causal_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
+            torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), -1),  # [batch heads seq nope+rope]
+            torch.cat((k_nope.transpose(1, 2), k_rope.transpose(1, 2)), -1),
             value.transpose(1, 2),
             scale=self.scale,
             segment_ids=segment_ids,

@@ -11,6 +11,10 @@ from ds_lightning.ops.experts import reference
 
 __all__ = ["reference", "routed_experts"]
 
+ALIGN = 64
+"""Rows that an expert's part of the sorted tokens is rounded up to: CPU libraries prepare a product anew for every
+number of rows that they have not seen, which takes longer than a small product, and GPU kernels want aligned rows."""
+
 
 def routed_experts(
     x: Float[Tensor, "tokens hidden"],
@@ -34,47 +38,72 @@ def routed_experts(
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """One node for the whole pipeline: keeps the sorted input and the gate and up outputs, recomputes the rest."""
+    """One node for the whole pipeline: keeps the sorted input and the gate and up outputs, recomputes the rest.
+
+    The rows of an expert begin at a multiple of ``ALIGN``. Those that fill the gap repeat some token with gate value
+    zero, so they change neither output nor gradient.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, indices: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
     ) -> Tensor:
-        topk = indices.shape[1]
-        order = indices.flatten().argsort(stable=True)
-        ends = torch.bincount(indices.flatten(), minlength=gate_up_proj.shape[0]).cumsum(0).to(torch.int32)
+        place, ends = _layout(indices, gate_up_proj.shape[0])
         gate_up_proj, down_proj = gate_up_proj.to(x.dtype), down_proj.to(x.dtype)
-        rows = x[order // topk]  # [tokens*topk hidden]
-        row_weights = weights.flatten()[order].unsqueeze(-1).to(x.dtype)
+        num_rows = _num_rows(ends, indices)
+        token = place.new_zeros(num_rows)
+        token[place] = torch.arange(place.shape[0], device=x.device) // indices.shape[1]
+        gate_values = weights.new_zeros(num_rows)
+        gate_values[place] = weights.flatten()
+        gate_values = gate_values.unsqueeze(-1).to(x.dtype)
+        rows = x[token]
         gate_up = _rows_by_expert(rows, gate_up_proj.transpose(1, 2), ends)
         gate, up = gate_up.chunk(2, -1)
-        y = _rows_by_expert(silu(gate).mul_(up).mul_(row_weights), down_proj.transpose(1, 2), ends)
-        ctx.save_for_backward(order, ends, rows, row_weights, gate_up, gate_up_proj, down_proj)
-        ctx.weights_dtype = weights.dtype
-        return _sum_over_slots(y, order, topk)
+        y = _rows_by_expert(silu(gate).mul_(up).mul_(gate_values), down_proj.transpose(1, 2), ends)
+        ctx.save_for_backward(place, ends, token, rows, gate_values, gate_up, gate_up_proj, down_proj)
+        ctx.shape, ctx.weights_dtype = indices.shape, weights.dtype
+        return y[place].view(*indices.shape, -1).sum(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        order, ends, rows, row_weights, gate_up, gate_up_proj, down_proj = ctx.saved_tensors
-        topk = rows.shape[0] // grads[0].shape[0]
+        place, ends, token, rows, gate_values, gate_up, gate_up_proj, down_proj = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
-        grad_y = grads[0].to(rows.dtype)[order // topk]
+        grad_y = grads[0].to(rows.dtype)[token]
         sigmoid = gate.sigmoid()
         act = gate * sigmoid
-        grad_scaled = _rows_by_expert(grad_y, down_proj, ends)  # [tokens*topk ffn]
         hidden = act * up
-        grad_weights = torch.empty_like(order, dtype=ctx.weights_dtype)
-        grad_weights[order] = (grad_scaled * hidden).sum(-1, dtype=ctx.weights_dtype)
-        grad_down = _weights_by_expert(grad_y, hidden.mul_(row_weights), ends)
-        grad_hidden = grad_scaled.mul_(row_weights)
+        grad_scaled = _rows_by_expert(grad_y, down_proj, ends)  # [rows ffn]
+        grad_weights = (grad_scaled * hidden).sum(-1, dtype=ctx.weights_dtype)[place].view(ctx.shape)
+        grad_down = _weights_by_expert(grad_y, hidden.mul_(gate_values), ends)
+        grad_hidden = grad_scaled.mul_(gate_values)
         grad_gate_up = torch.empty_like(gate_up)
-        torch.mul(grad_hidden, act, out=grad_gate_up[:, gate.shape[1] :])
-        # d silu(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
-        slope = act.mul_(1 - sigmoid).add_(sigmoid)
-        torch.mul(slope.mul_(up), grad_hidden, out=grad_gate_up[:, : gate.shape[1]])
-        grad_x = _sum_over_slots(_rows_by_expert(grad_gate_up, gate_up_proj, ends), order, topk)
+        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
+        torch.mul(grad_hidden, act, out=grad_up)
+        slope = act.mul_(1 - sigmoid).add_(sigmoid)  # of silu: s + silu(g) (1 - s)
+        torch.mul(slope.mul_(up), grad_hidden, out=grad_gate)
+        grad_rows = _rows_by_expert(grad_gate_up, gate_up_proj, ends)
         grad_gate_up_proj = _weights_by_expert(grad_gate_up, rows, ends)
-        return grad_x, None, grad_weights.view(-1, topk), grad_gate_up_proj, grad_down
+        return grad_rows[place].view(*ctx.shape, -1).sum(1), None, grad_weights, grad_gate_up_proj, grad_down
+
+
+def _layout(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return the row of each slot of each token, and where the rows of each expert end."""
+    flat = indices.flatten()
+    counts = torch.bincount(flat, minlength=num_experts)
+    ends = ((counts + ALIGN - 1) // ALIGN * ALIGN).cumsum(0)
+    order = flat.argsort(stable=True)
+    starts = torch.cat((ends.new_zeros(1), ends[:-1]))
+    shift = starts - (counts.cumsum(0) - counts)  # of an expert's first row by the gaps before it
+    place = torch.empty_like(flat)
+    place[order] = torch.arange(flat.shape[0], device=flat.device) + shift[flat[order]]
+    return place, ends.to(torch.int32)
+
+
+def _num_rows(ends: Tensor, indices: Tensor) -> int:
+    """Return the rows of all experts; on a GPU an upper bound, so that nothing waits for the count."""
+    if ends.is_cuda:
+        return indices.numel() + ends.shape[0] * ALIGN
+    return int(ends[-1])
 
 
 def _segments(ends: Tensor) -> list[tuple[int, int, int]]:
@@ -101,10 +130,3 @@ def _weights_by_expert(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     for expert, first, last in _segments(ends):
         torch.mm(left[first:last].T, right[first:last], out=out[expert])
     return out
-
-
-def _sum_over_slots(rows: Tensor, order: Tensor, topk: int) -> Tensor:
-    """Put sorted rows back in token order and sum those of each token."""
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.shape[0], device=order.device)
-    return rows[place].view(-1, topk, rows.shape[1]).sum(1)

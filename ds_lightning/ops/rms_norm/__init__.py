@@ -1,5 +1,48 @@
 """Root-mean-square normalisation (arXiv:1910.07467)."""
 
-from ds_lightning.ops.rms_norm.reference import rms_norm
+from typing import Any
 
-__all__ = ["rms_norm"]
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ds_lightning.ops.rms_norm import reference
+
+__all__ = ["reference", "rms_norm"]
+
+
+def rms_norm(
+    x: Float[Tensor, "... hidden"], weight: Float[Tensor, " hidden"], eps: float
+) -> Float[Tensor, "... hidden"]:
+    """Return what :func:`reference.rms_norm` defines, in the autocast dtype where autocast is on.
+
+    Numerics: fp32 or wider inside, rounded once.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the normalised input, and nothing else of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normal = wide * scale
+        ctx.save_for_backward(normal, scale, weight)
+        ctx.dtype = x.dtype
+        return (normal * weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        normal, scale, weight = ctx.saved_tensors
+        grad = grads[0].to(normal.dtype)
+        product = grad * normal
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = (product @ weight.to(normal.dtype)).div_(normal.shape[-1]).unsqueeze(-1)
+        grad_x = (grad * weight).sub_(normal * mean).mul_(scale).to(ctx.dtype)
+        return grad_x, grad_weight, None, None
