@@ -3,6 +3,7 @@
 if __name__ != "ds_lightning.callbacks":
     raise ImportError(f"imported as {__name__!r}: write 'from ds_lightning.callbacks import ...'")
 
+from ds_lightning.callbacks.budget import Budget
 from ds_lightning.callbacks.checkpoints import Checkpoints
 from ds_lightning.callbacks.cost_ledger import CostLedger
 from ds_lightning.callbacks.expert_load import ExpertLoad
@@ -14,6 +15,7 @@ from ds_lightning.callbacks.tensorboard_layout import TensorBoardLayout
 from ds_lightning.callbacks.throughput import Throughput
 
 __all__ = [
+    "Budget",
     "Checkpoints",
     "CostLedger",
     "ExpertLoad",

@@ -102,7 +102,8 @@ class ProgressBar(LightningProgressBar):
     def _show(self, trainer: Trainer, pl_module: Any) -> None:
         assert self._progress is not None
         self._last_reading = time.monotonic()
-        self._progress.update(self._task, completed=pl_module.tokens_seen, total=pl_module.total_tokens)
+        seen, progress = pl_module.tokens_seen, pl_module.progress  # a budget may end the run before its tokens do
+        self._progress.update(self._task, completed=seen, total=seen / progress if progress else pl_module.total_tokens)
         task = self._progress.tasks[self._task]
         status = status_text(task, trainer.callback_metrics)
         if self._progress.live.is_started:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 
 from ds_lightning import callbacks
+from ds_lightning.data import compression_baselines
+from ds_lightning.flops import active_param_count, param_count
+from ds_lightning.models.hf import save_hf
+from ds_lightning.summary import summary_table, write_report
 from ds_lightning.training import checkpoint
-from ds_lightning.training.export import export_model
 from ds_lightning.training.run_folder import claim_run_folder
 
 SECTIONS = {
     "routing_bias": callbacks.RoutingBias,
     "cost": callbacks.CostLedger,
+    "budget": callbacks.Budget,
     "throughput": callbacks.Throughput,
     "expert_load": callbacks.ExpertLoad,
     "samples": callbacks.Samples,
@@ -79,32 +82,78 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Claim the run folder for this config, and find the checkpoint to go on from."""
-        out = Path(self._options.out)
         self._dump_config()
-        claim_run_folder(out, self.config_dump)
-        path = self._options.ckpt_path
+        claim_run_folder(Path(self._options.out), self.config_dump)
+        self._find_checkpoint("fit")
+
+    def after_fit(self) -> None:
+        """Measure and export the final weights, and print what the run brought and cost."""
+        if self._callback("preemption").preempted:
+            print(f"stopped early; the same command goes on from {self._options.out}", file=sys.stderr)
+            self.exit_status = 3
+            return
+        if self._callback("budget").reached:
+            self.exit_status = 3
+        out, cost = Path(self._options.out), self._callback("cost")
+        samples = self._callback("samples").last  # a validation of its own would forget them
+        self.trainer.limit_val_batches = 1.0
+        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        folder = self.datamodule.folder
+        with cost.phase("export"):
+            self._export(out / "weights")
+        if self.trainer.is_global_zero:
+            figures = {
+                "name": "pretrain",
+                "tokens": self.model.tokens_seen,
+                "parameters": param_count(self.model.config, include_mtp=True),
+                "active_parameters": active_param_count(self.model.config, include_embedding=False),
+                "bits_per_byte": {**compression_baselines(folder), "model": self._metric("val/bits_per_byte")},
+                "val_loss": self._metric("val/loss"),
+                "samples": samples,
+            }
+            Console().print(summary_table(write_report(out, figures)))
+
+    def before_validate(self) -> None:
+        """Measure the newest valid checkpoint of the run folder, if no other is named."""
+        self._find_checkpoint("validate")
+
+    def before_test(self) -> None:
+        """The same for ``test``."""
+        self._find_checkpoint("test")
+
+    def before_predict(self) -> None:
+        """The same for ``predict``."""
+        self._find_checkpoint("predict")
+
+    def _find_checkpoint(self, subcommand: str) -> None:
+        """Resolve the checkpoint to start from; only ``fit`` may do without one."""
+        folder, path = Path(self._options.out) / "checkpoints", self._options.ckpt_path
         if path is None:
-            newest, skipped = checkpoint.newest_valid(out / "checkpoints")
+            path, skipped = checkpoint.newest_valid(folder)
             for reason in skipped:
                 print(reason, file=sys.stderr)
-            path = newest
         else:
             checkpoint.verify(Path(path))
+        if path is None and subcommand != "fit":
+            raise ValueError(f"{folder} has no valid checkpoint, expected one of a run: name its folder with --out")
         if path is not None:
             state = Path(path) if Path(path).name == checkpoint.STATE else Path(path) / checkpoint.STATE
             print(f"going on from {state.parent}", file=sys.stderr)
-            self.config_init["fit"]["ckpt_path"] = str(state)
+            self.config_init[subcommand]["ckpt_path"] = str(state)
 
-    def after_fit(self) -> None:
-        """Measure and export the final weights, print what the run brought and cost."""
-        if self._callback("preemption").preempted:
-            self.exit_status = 3
-            return
-        metrics = dict(self.trainer.callback_metrics)
-        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        metrics.update(self.trainer.callback_metrics)
-        with self._callback("cost").phase("export"):
-            export_model(self.model.model, Path(self._options.out) / "weights", self.datamodule)
+    def _export(self, folder: Path) -> None:
+        manifest = self.datamodule.opened.manifest
+        save_hf(
+            self.model.model,
+            folder,
+            tokenizer_file=Path(self.datamodule.folder) / "tokenizer.json",
+            eos_token_id=manifest.eos_id,
+            pad_token_id=manifest.pad_id,
+            overwrite=True,
+        )
+
+    def _metric(self, name: str) -> float:
+        return float(self.trainer.callback_metrics[name])
 
     @property
     def _options(self) -> Namespace:

@@ -1,8 +1,87 @@
-"""Weights out of and into runs, in Hugging Face layout."""
+"""Weights out of runs and into them, in Hugging Face layout."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 
-def export_model(model: Any, folder: Path, datamodule: Any) -> None:
-    pass
+from ds_lightning.config import DeepSeekConfig, RopeScaling
+from ds_lightning.models import DeepSeek
+from ds_lightning.models.hf import load_hf, save_hf
+from ds_lightning.training import checkpoint
+from ds_lightning.training.run_folder import CONFIG
+
+
+def export_checkpoint(path: Path, folder: Path, *, tokenizer_file: Path | None = None, overwrite: bool = False) -> Path:
+    """Write the weights of a run in Hugging Face layout, the tokenizer beside them.
+
+    Args:
+        path: Folder of a run (its newest valid checkpoint), or one of its checkpoints.
+        folder: Where to write.
+        tokenizer_file: A ``tokenizer.json``; none: that of the run's token shards.
+        overwrite: Replace an earlier export.
+
+    Returns:
+        The checkpoint that was exported.
+
+    Raises:
+        ValueError: If there is no valid checkpoint, no run around it, or no tokenizer.
+    """
+    if (path / CONFIG).is_file():
+        run_dir = path
+        newest, skipped = checkpoint.newest_valid(path / "checkpoints")
+        if newest is None:
+            reasons = "; ".join(map(str, skipped)) or "there is none"
+            raise ValueError(f"{path} has no valid checkpoint: {reasons}")
+        path = newest
+    else:
+        checkpoint.verify(path)
+        path = path.parent if path.name == checkpoint.STATE else path
+        run_dir = path.parent.parent
+        if not (run_dir / CONFIG).is_file():
+            raise ValueError(f"{run_dir / CONFIG} is missing, expected the config of the run that wrote {path}")
+    config = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
+    tokenizer_file = tokenizer_file or Path(config["data"]["init_args"]["folder"]) / "tokenizer.json"
+    if not tokenizer_file.is_file():
+        raise ValueError(f"{tokenizer_file} is missing, expected the run's tokenizer: name it with --tokenizer")
+    state = torch.load(path / checkpoint.STATE, map_location="cpu", weights_only=True)["state_dict"]
+    model = build_model(config["model"]["init_args"]["config"], state)
+    save_hf(model, folder, tokenizer_file=tokenizer_file, overwrite=overwrite)
+    return path
+
+
+def import_weights(source: Path, folder: Path, *, overwrite: bool = False) -> int:
+    """Read a Hugging Face folder, check it, and write it in the layout of this package's exports, in fp32.
+
+    Args:
+        source: Folder with ``config.json`` and safetensors, FP8 blocks or not.
+        folder: Where to write.
+        overwrite: Replace an earlier import.
+
+    Returns:
+        Number of parameters.
+
+    Raises:
+        ValueError: If the folder's files do not make a DeepSeek model.
+    """
+    model = load_hf(source)
+    tokenizer_file = source / "tokenizer.json"
+    save_hf(model, folder, tokenizer_file=tokenizer_file if tokenizer_file.is_file() else None, overwrite=overwrite)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def build_model(config: dict[str, Any], state: dict[str, torch.Tensor]) -> DeepSeek:
+    """Return the model of a run's checkpoint.
+
+    Args:
+        config: Fields of ``DeepSeekConfig``, as the run's config has them.
+        state: State of the LightningModule around the model.
+    """
+    rope = config.get("rope_scaling")
+    shape = DeepSeekConfig(**{**config, "rope_scaling": RopeScaling(**rope) if rope else None})
+    with torch.device("meta"):
+        model = DeepSeek(shape)
+    weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    model.load_state_dict(weights, assign=True)
+    return model

@@ -38,6 +38,7 @@ class PretrainModule(pl.LightningModule):
 
     Attributes:
         tokens_seen: Tokens of completed optimizer steps, over all ranks.
+        budget_progress: Share of the budget that is spent; a callback keeps it.
         expert_load: Tokens routed to each expert since the last optimizer step, [expert layers, experts] on this rank;
             MTP modules last; none before the first micro-batch or in a dense model.
         last_expert_load: The same for the last completed optimizer step, over all ranks.
@@ -75,14 +76,15 @@ class PretrainModule(pl.LightningModule):
         self.model: DeepSeek | None = None
         self.metrics = LanguageModelMetrics()
         self.tokens_seen = 0
+        self.budget_progress = 0.0
         self.expert_load: Tensor | None = None
         self.last_expert_load: Tensor | None = None
         self._step_tokens = 0
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, in [0, 1]."""
-        return min(self.tokens_seen / self.total_tokens, 1.0)
+        """Share of the run that is done, in [0, 1]: of its tokens or of its budget, whichever is further."""
+        return min(max(self.tokens_seen / self.total_tokens, self.budget_progress), 1.0)
 
     def configure_model(self) -> None:
         """Build the model, where the strategy wants it."""
@@ -138,9 +140,7 @@ class PretrainModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW and the learning rate as a function of progress."""
-        optimizer = adamw(
-            self._built, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-        )
+        optimizer = adamw(self._built, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
         schedule = LambdaLR(optimizer, lambda _: self.lr_schedule(self.progress))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -7,8 +7,14 @@ import yaml
 
 CONFIG = "config.yaml"
 
-_FIXED = ("seed_everything", "model", "data", "trainer.precision", "trainer.accumulate_grad_batches",
-          "trainer.gradient_clip_val")
+_FIXED = (
+    "seed_everything",
+    "model",
+    "data",
+    "trainer.precision",
+    "trainer.accumulate_grad_batches",
+    "trainer.gradient_clip_val",
+)
 
 
 def claim_run_folder(folder: Path, config: dict[str, Any]) -> None:
