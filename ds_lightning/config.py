@@ -7,7 +7,7 @@ published model line by line. Standard library only.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,9 +38,9 @@ class RopeScaling:
                 "rope_scaling.original_max_position_embeddings is "
                 f"{self.original_max_position_embeddings}, expected at least 1"
             )
-        if self.beta_slow >= self.beta_fast:
+        if not 0 < self.beta_slow < self.beta_fast:
             raise ValueError(
-                f"rope_scaling.beta_slow is {self.beta_slow}, expected less than beta_fast ({self.beta_fast})"
+                f"rope_scaling.beta_slow is {self.beta_slow}, expected between 0 and beta_fast ({self.beta_fast})"
             )
 
 
@@ -127,8 +127,11 @@ class DeepSeekConfig:
             raise ValueError(
                 f"topk_method is {self.topk_method!r}, expected 'noaux_tc', 'greedy' or 'group_limited_greedy'"
             )
-        if self.rope_theta <= 0:
-            raise ValueError(f"rope_theta is {self.rope_theta}, expected more than 0")
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}, expected more than 1")
+        for name in ("rms_norm_eps", "initializer_range", "routed_scaling_factor"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
 
     def _check_sizes(self) -> None:
         positive = (
@@ -151,9 +154,7 @@ class DeepSeekConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1 in a model with experts")
         if self.n_routed_experts % self.n_group:
-            raise ValueError(
-                f"n_routed_experts ({self.n_routed_experts}) is not divisible by n_group ({self.n_group})"
-            )
+            raise ValueError(f"n_routed_experts ({self.n_routed_experts}) is not divisible by n_group ({self.n_group})")
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group ({self.topk_group}) is larger than n_group ({self.n_group})")
         allowed = self.n_routed_experts // self.n_group * self.topk_group
@@ -184,34 +185,71 @@ class DeepSeekConfig:
         return sum(self.is_moe_layer(layer) for layer in range(layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-ready values."""
-        return asdict(self)
+        """Return the fields as JSON-ready values that :meth:`from_dict` reads back, YaRN with its ``type``."""
+        values = asdict(self)
+        if self.rope_scaling is not None:
+            values["rope_scaling"]["type"] = "yarn"
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DeepSeekConfig:
         """Build a config from the keys of a released ``config.json``; keys that shape nothing are ignored.
 
         Raises:
-            ValueError: If a required key is missing, or the values contradict each other.
+            ValueError: If a required key is missing or of a wrong type, the values contradict each other, or they
+                describe a shape that DeepSeek's own models do not have.
         """
-        known = {field.name for field in fields(cls)}
-        chosen = {key: value for key, value in values.items() if key in known and key != "rope_scaling"}
-        chosen.update({key: 0 for key in ("n_routed_experts", "n_shared_experts") if values.get(key) is None})
+        for key, only in _FIXED.items():
+            if values.get(key, only) != only:
+                raise ValueError(f"{key} is {values[key]!r}, expected {only!r}: no DeepSeek model has another")
+        absent_means = _V2_DEFAULTS if values.get("model_type") == "deepseek_v2" else {}
+        chosen = {**absent_means, **{key: value for key, value in values.items() if value is not None}}
+        chosen.setdefault("n_routed_experts", 0)
+        chosen.setdefault("n_shared_experts", 0)
         rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-        if "rope_theta" in rope:
+        if rope.get("rope_theta") is not None:
             chosen["rope_theta"] = rope["rope_theta"]
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("yarn", "default"):
             raise ValueError(f"rope type is {kind!r}, expected 'yarn' or 'default'")
+        chosen.pop("rope_scaling", None)
         if kind == "yarn":
-            names = {field.name for field in fields(RopeScaling)}
-            chosen["rope_scaling"] = RopeScaling(**{key: rope[key] for key in rope if key in names})
-        try:
-            return cls(**chosen)
-        except TypeError as error:
-            raise ValueError(f"config.json lacks a required key: {error}") from None
+            released = {"mscale": 1.0, "mscale_all_dim": 0.0} | rope  # what a missing key means in released code
+            chosen["rope_scaling"] = RopeScaling(**_typed_fields(RopeScaling, released, "rope_scaling."))
+        return cls(**_typed_fields(cls, chosen, ""))
 
     @classmethod
     def from_json(cls, path: str | Path) -> DeepSeekConfig:
-        """Read a released ``config.json``."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read a released ``config.json``.
+
+        Raises:
+            ValueError: If the file is not a JSON object, or as :meth:`from_dict`.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a JSON {type(values).__name__}, expected an object with the model's keys")
+        return cls.from_dict(values)
+
+
+_FIXED = {"hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1, "rope_interleave": True}
+_V2_DEFAULTS = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "int | None": (int,)}
+
+
+def _typed_fields(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Pick the fields of a dataclass out of parsed JSON, checked against their annotations."""
+    chosen = {}
+    for field in fields(cls):
+        if field.name not in values:
+            if field.default is MISSING:
+                raise ValueError(f"config.json lacks the key {prefix}{field.name}")
+            continue
+        value, kind = values[field.name], str(field.type)
+        wrong_bool = isinstance(value, bool) and kind != "bool"
+        if kind in _KINDS and (wrong_bool or not isinstance(value, _KINDS[kind])):
+            raise ValueError(f"{prefix}{field.name} is {value!r}, expected {kind}")
+        chosen[field.name] = float(value) if kind == "float" else value
+    return chosen

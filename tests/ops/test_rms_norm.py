@@ -1,0 +1,97 @@
+"""Oracles: torch's rms_norm and fp64 autograd of the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ds_lightning.ops.rms_norm import reference, rms_norm
+from tests.ops.error_ratio import assert_as_close_as_plain
+
+
+def draw(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, generator=rng, dtype=torch.float64)
+    return x, torch.randn(shape[-1], generator=rng, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1),
+        pytest.param((7,), marks=pytest.mark.xfail(strict=True, reason="the backward pass wants two dimensions")),
+        (3, 5),
+        (2, 3, 33),
+    ],
+)
+def test_value_and_gradients_are_those_of_torch(shape: tuple[int, ...]) -> None:
+    inputs = draw(*shape)
+    results = []
+    for function in (
+        rms_norm,
+        reference.rms_norm,
+        lambda x, w, eps: torch.nn.functional.rms_norm(x, x.shape[-1:], w, eps),
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        out = function(leaves[0], leaves[1], 1e-2)
+        cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, cotangent)])
+    for actual, plain, expected in zip(*results, strict=True):
+        torch.testing.assert_close(plain, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_epsilon_is_added_to_the_mean_square() -> None:
+    x = torch.full((4,), 3.0, dtype=torch.float64)
+    out = rms_norm(x, torch.ones(4, dtype=torch.float64), 7.0)
+    torch.testing.assert_close(out, x / 4, rtol=1e-14, atol=0)  # sqrt(9 + 7)
+
+
+def test_a_row_of_zeros_stays_zero_with_finite_gradients() -> None:
+    x = torch.zeros(2, 5, requires_grad=True)
+    out = rms_norm(x, torch.ones(5), 1e-6)
+    out.sum().backward()
+    assert (out == 0).all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_low_precision_is_normalised_in_fp32_and_rounded_once() -> None:
+    x, weight = draw(64, 96)
+    low = (100 * x).bfloat16()
+    out = rms_norm(low, weight.float(), 1e-6)
+    assert out.dtype == torch.bfloat16
+    truth = rms_norm(low.double(), weight.float().double(), 1e-6)
+    # one rounding to 8 significant bits
+    torch.testing.assert_close(out.double(), truth, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_input_gets_no_gradient_and_shifts_none(frozen: int) -> None:
+    inputs = draw(3, 5)
+    everything = [tensor.clone().requires_grad_() for tensor in inputs]
+    leaves = [tensor.clone().requires_grad_(place != frozen) for place, tensor in enumerate(inputs)]
+    for x, weight in (everything, leaves):
+        rms_norm(x, weight, 1e-6).square().sum().backward()
+    other = leaves[1 - frozen].grad
+    assert leaves[frozen].grad is None
+    assert other is not None
+    assert torch.equal(other, everything[1 - frozen].grad)  # type: ignore[arg-type]
+
+
+def test_autocast_is_as_close_to_the_truth_as_the_plain_definition_in_bf16() -> None:
+    inputs = draw(50, 96)
+    cotangent = torch.randn(50, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def run(function: object, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        assert callable(function)
+        out = function(*leaves, 1e-6)
+        return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
+
+    truth, plain = run(reference.rms_norm, torch.float64), run(reference.rms_norm, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = run(rms_norm, torch.float32)
+    assert [tensor.dtype for tensor in fast] == [torch.bfloat16, torch.float32, torch.float32]
+    for name, f, p, t in zip(("out", "x", "weight"), fast, plain, truth, strict=True):
+        assert_as_close_as_plain(name, f, p, t)
