@@ -1,9 +1,11 @@
-"""AdamW with weight decay on matrices alone."""
+"""Which parameters decay, which get Muon, and the optimizers over them."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from ds_lightning.optim.muon import Muon
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -22,12 +24,50 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
             (decayed if is_matrix else kept).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [
+        {"params": group, "weight_decay": decay} for group, decay in ((decayed, weight_decay), (kept, 0.0)) if group
+    ]
 
 
-def adamw(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """Return torch's fused AdamW over :func:`weight_decay_groups`."""
-    groups = [group for group in weight_decay_groups(model, weight_decay) if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split further: matrices of hidden layers for Muon, those of head and routers for AdamW.
+
+    Args:
+        model: A DeepSeek model; names tell what a matrix is.
+        weight_decay: Decay of matrices.
+    """
+    hidden: dict[int, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and not name.endswith(("lm_head.weight", "mlp.gate.weight", "embed_tokens.weight")):
+            hidden[id(parameter)] = 2 if name.endswith("gate_up_proj") else 1
+    groups = []
+    for group in weight_decay_groups(model, weight_decay):
+        for parts in (1, 2, 0):
+            chosen = [parameter for parameter in group["params"] if hidden.get(id(parameter), 0) == parts]
+            if chosen:
+                groups.append({**group, "params": chosen, "muon": parts > 0, "parts": max(parts, 1)})
+    return groups
+
+
+def build_optimizer(
+    model: nn.Module,
+    kind: Literal["adamw", "muon"],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW, or Muon with AdamW for what is no matrix of a hidden layer.
+
+    Args:
+        model: The model.
+        kind: ``adamw`` or ``muon``.
+        lr: Learning rate.
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+        weight_decay: Decay of matrices.
+    """
+    if kind == "muon":
+        return Muon(muon_groups(model, weight_decay), lr=lr, betas=betas, eps=eps)
+    return torch.optim.AdamW(weight_decay_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)

@@ -1,6 +1,6 @@
 """Pretraining: the next-token objective around the model, as a LightningModule."""
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +13,7 @@ from ds_lightning.losses.next_token import IGNORE, mtp_labels, next_token_loss
 from ds_lightning.models import DeepSeek
 from ds_lightning.nn.moe import Router
 from ds_lightning.ops.topk_gate import Gate
-from ds_lightning.optim import Schedule, WarmupStableDecay, adamw
+from ds_lightning.optim import Schedule, WarmupStableDecay, build_optimizer
 from ds_lightning.training.metrics import LanguageModelMetrics
 
 
@@ -26,6 +26,7 @@ class PretrainModule(pl.LightningModule):
     Args:
         config: Shape of the model.
         total_tokens: Planned tokens; schedules run over them.
+        optimizer: AdamW for all, or Muon for the matrices of hidden layers.
         lr: Peak learning rate.
         lr_schedule: Factor on it as a function of progress; none: a short warm-up and a linear fall at the end.
         betas: Decay rates of AdamW's moments.
@@ -48,6 +49,7 @@ class PretrainModule(pl.LightningModule):
         self,
         config: DeepSeekConfig,
         total_tokens: int,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         lr: float = 3e-4,
         lr_schedule: Schedule | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -64,6 +66,7 @@ class PretrainModule(pl.LightningModule):
                 raise ValueError(f"{name} is {value}, expected more than 0")
         self.config = config
         self.total_tokens = total_tokens
+        self.optimizer = optimizer
         self.lr = lr
         self.lr_schedule = lr_schedule or WarmupStableDecay()
         self.betas = betas
@@ -139,8 +142,10 @@ class PretrainModule(pl.LightningModule):
         return hidden
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return AdamW and the learning rate as a function of progress."""
-        optimizer = adamw(self._built, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+        """Return the optimizer and the learning rate as a function of progress."""
+        optimizer = build_optimizer(
+            self._built, self.optimizer, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+        )
         schedule = LambdaLR(optimizer, lambda _: self.lr_schedule(self.progress))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

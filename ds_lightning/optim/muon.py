@@ -1,0 +1,118 @@
+"""Muon for the matrices of hidden layers and AdamW for the rest, in one optimizer."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Quintic of Muon's author, chosen for its slope at zero: singular values end near 1, not at it."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (K. Jordan and others, 2024), beside AdamW for what is no matrix of a hidden layer.
+
+    "Muon is Scalable for LLM Training" (arXiv:2502.16982, section 2.2): the orthogonal update is scaled by
+    ``0.2 sqrt(max(rows, columns))``, which gives it the size of an AdamW update, so that one learning rate and one
+    weight decay serve both. Stacked experts are stacks of matrices, each orthogonal by itself; a parameter group with
+    ``parts`` 2 holds matrices of which two are joined by rows, as gate and up projections are.
+
+    Args:
+        groups: Parameter groups with ``muon`` (bool), ``weight_decay``, and ``parts`` where ``muon`` is set.
+        lr: Learning rate of all groups.
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+        momentum: Decay rate of Muon's momentum, in Nesterov's form.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        momentum: float = 0.95,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "weight_decay": 0.0, "parts": 1}
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step; parameters without gradient are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["muon"]:
+                self._step_muon(group, parameters)
+            elif parameters:
+                self._step_adamw(group, parameters)
+        return loss
+
+    def _step_muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Orthogonalise all matrices of one shape together, since each alone is too small to keep a device busy."""
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+            update = torch.lerp(parameter.grad, state["momentum"], group["momentum"])
+            matrices = update.unflatten(-2, (group["parts"], -1)).flatten(0, -3)  # [matrices rows columns]
+            by_shape[tuple(matrices.shape[1:])].append((parameter, matrices))
+        for (rows, columns), entries in by_shape.items():
+            orthogonal = orthogonalise(torch.cat([matrices for _, matrices in entries]))
+            pieces = orthogonal.split([len(matrices) for _, matrices in entries])
+            for (parameter, _), piece in zip(entries, pieces, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(piece.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+
+    def _step_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                }
+        states = [self.state[parameter] for parameter in parameters]
+        torch._fused_adamw_(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"].add_(1) for state in states],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def orthogonalise(
+    matrices: Float[Tensor, "matrices rows columns"], steps: int = 5
+) -> Float[Tensor, "matrices rows columns"]:
+    """Move the singular values of each matrix towards 1 by Newton-Schulz iterations, without a decomposition.
+
+    Numerics: bfloat16 where the device multiplies it natively, else fp32; singular values end within about 0.7 and 1.2.
+    """
+    native = matrices.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    x = matrices.to(torch.bfloat16 if native else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    a, b, c = _COEFFICIENTS
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
