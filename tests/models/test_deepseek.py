@@ -287,6 +287,22 @@ def test_a_sequence_longer_than_the_tables_is_refused() -> None:
         model.mtp_hidden(tokens(1, 65), torch.zeros(1, 65, 16, dtype=torch.float64))
 
 
+def test_autocast_keeps_gradients_in_fp32_and_stays_near_the_truth() -> None:
+    dense = replace(CONFIG, n_routed_experts=0, n_group=1, topk_group=1, num_experts_per_tok=0)
+    for config in (dense, CONFIG):
+        truth, model = build(config), build(config).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model(tokens())
+            loss_of(model, tokens(), []).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.dtype == torch.float32, name
+            assert parameter.grad.isfinite().all(), name
+        if config is dense:  # where nothing is routed, nothing can be routed differently
+            error = (hidden.double() - truth(tokens())).norm() / truth(tokens()).norm()
+            assert 1e-5 < error < 0.03  # three layers, each with some ten roundings to 8 bits
+
+
 def test_one_token_and_a_dense_model_run() -> None:
     assert build()(tokens(1, 1)).isfinite().all()
     gates: list[Gate] = []

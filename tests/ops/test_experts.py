@@ -83,8 +83,8 @@ def test_output_and_all_gradients_are_those_of_the_reference(
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "topk"),
-    [(1, 4, 2), (1, 1, 1), (33, 4, 4), (17, 5, 3), (2, 64, 6)],
-    ids=["one token", "one of everything", "every expert", "odd sizes", "mostly empty experts"],
+    [(1, 4, 2), (1, 1, 1), (33, 4, 4), (17, 5, 3), (2, 64, 6), (300, 3, 2)],
+    ids=["one token", "one of everything", "every expert", "odd sizes", "mostly empty experts", "many rows an expert"],
 )
 def test_shapes_at_the_edge_equal_the_reference(tokens: int, experts: int, topk: int) -> None:
     assert_equals_reference(draw(tokens, experts, topk, hidden=13, ffn=11))
@@ -94,6 +94,13 @@ def test_all_tokens_on_one_expert_equal_the_reference() -> None:
     inputs = draw(tokens=9, experts=4, topk=1)
     for expert in (0, 2, 3):
         assert_equals_reference(with_indices(inputs, torch.full((9, 1), expert)))
+
+
+@pytest.mark.parametrize("tokens", [63, 64, 65, 128, 129])
+def test_rows_around_a_multiple_of_the_alignment_equal_the_reference(tokens: int) -> None:
+    inputs = draw(tokens + 3, experts=4, topk=1)
+    indices = torch.tensor([2] * tokens + [0, 3, 2])[:, None]
+    assert_equals_reference(with_indices(inputs, indices))
 
 
 @pytest.mark.parametrize("empty", [0, 1, 3])
