@@ -119,8 +119,8 @@ def assert_same_function(ours: DeepSeek, theirs: Any) -> None:
     mine, other = ours.logits(hidden), theirs(inputs).logits
     assert 0.5 < other.std() < 20, "the bound on logits means something only where they are of order one"
     deviation = (mine - other).abs().max().item()
-    next_token_loss(hidden, ours.lm_head.weight, labels).backward()
-    cross_entropy(other.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    torch.autograd.backward(next_token_loss(hidden, ours.lm_head.weight, labels))
+    torch.autograd.backward(cross_entropy(other.flatten(0, 1), labels.flatten(), reduction="sum"))
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
     relative = {}
     for name, parameter in ours.named_parameters():
