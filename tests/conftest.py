@@ -46,7 +46,6 @@ def _reproducible() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
 
