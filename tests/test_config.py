@@ -194,6 +194,7 @@ def test_layers_with_experts_begin_after_the_dense_prefix_and_go_on_into_mtp() -
 def test_as_many_experts_a_token_as_the_groups_allow_are_accepted() -> None:
     assert replace(TINY, num_experts_per_tok=4).num_experts_per_tok == 4
     assert replace(TINY, num_experts_per_tok=8, topk_group=4).num_experts_per_tok == 8
+    assert replace(TINY, n_routed_experts=1, num_experts_per_tok=1, n_group=1, topk_group=1).num_moe_layers == 4
 
 
 def changed(config: DeepSeekConfig, **changes: Any) -> DeepSeekConfig:
