@@ -44,8 +44,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         counted = labels != -100
         scale = token_weights.to(wide) * counted
         labels = labels.where(counted, 0)
-        for rows in torch.arange(hidden.shape[0]).split(CHUNK_TOKENS):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
             logits = (hidden[part] @ head.T).to(wide)
             target = labels[part].unsqueeze(-1)
             log_z = logits.logsumexp(-1, keepdim=True)
@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grads[0].to(grad_hidden.dtype)
+            grad_hidden = grad_hidden * grads[0]
         if grad_weight is not None:
             grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None

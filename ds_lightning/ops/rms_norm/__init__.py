@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
         normal, scale, weight = ctx.saved_tensors
         grad = grads[0].to(normal.dtype)
         product = grad * normal
-        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        grad_weight = product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype)
         mean = (product @ weight.to(normal.dtype)).div_(normal.shape[-1]).unsqueeze(-1)
         grad_x = (grad * weight).sub_(normal * mean).mul_(scale).to(ctx.dtype)
         return grad_x, grad_weight, None, None

@@ -16,6 +16,6 @@ def apply_rope(
     sin: Float[Tensor, "*batch seq pairs"],
 ) -> Float[Tensor, "batch seq heads rope"]:
     """Return what :func:`reference.apply_rope` defines, as one product of complex numbers in fp32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype)).contiguous()
-    turn = torch.complex(cos, sin).unsqueeze(-2)
-    return torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turn).flatten(-2).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    turned = torch.complex(wide[..., 0::2], wide[..., 1::2]) * torch.complex(cos, sin).unsqueeze(-2)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
