@@ -166,6 +166,16 @@ def test_shards_and_index_agree_with_each_other_and_the_limit(tmp_path: Path) ->
     assert all(sum(tensors.values()) <= 2_000 for tensors in sizes.values())
 
 
+def test_a_tied_head_is_written_for_readers_that_do_not_tie(tmp_path: Path) -> None:
+    model = random_model(replace(CONFIG, tie_word_embeddings=True))
+    save_hf(model, tmp_path / "export")
+    assert torch.equal(
+        load_file(tmp_path / "export" / "model.safetensors")["lm_head.weight"], model.embed_tokens.weight
+    )
+    edit_tensors(tmp_path / "export", **{"lm_head.weight": None})
+    assert_same_tensors(model, load_hf(tmp_path / "export"))
+
+
 def test_bf16_on_disk_and_in_memory_keeps_selection_biases_in_fp32(tmp_path: Path) -> None:
     model = random_model()
     save_hf(model, tmp_path / "export", dtype=torch.bfloat16)
@@ -178,6 +188,19 @@ def test_bf16_on_disk_and_in_memory_keeps_selection_biases_in_fp32(tmp_path: Pat
         expected = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
         assert loaded[name].dtype == expected.dtype
         assert torch.equal(loaded[name], expected), name
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 500])
+def test_every_tensor_in_a_file_is_aligned_to_its_type(max_shard_bytes: int, tmp_path: Path) -> None:
+    save_hf(random_model(), tmp_path / "export", dtype=torch.bfloat16, max_shard_bytes=max_shard_bytes)
+    for path in (tmp_path / "export").glob("*.safetensors"):
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        assert length % 8 == 0
+        header = json.loads(data[8 : 8 + length])
+        del header["__metadata__"]
+        for name, entry in header.items():
+            assert entry["data_offsets"][0] % {"BF16": 2, "F32": 4}[entry["dtype"]] == 0, name
 
 
 def test_config_json_has_the_keys_that_readers_miss_silently(export: Path) -> None:
@@ -220,6 +243,10 @@ def test_config_json_has_the_keys_that_readers_miss_silently(export: Path) -> No
         ({"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}, "deepseek_v2"),
         ({"scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False}, "deepseek_v2"),
         ({"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": True}, "ds_lightning"),
+        (
+            {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False, "num_attention_heads": 3},
+            "ds_lightning",
+        ),
         ({"scoring_func": "softmax"}, "ds_lightning"),
         ({"topk_method": "greedy"}, "ds_lightning"),
     ],
@@ -229,6 +256,13 @@ def test_a_model_gets_the_type_whose_classes_compute_it(changes: dict[str, Any],
     save_hf(random_model(config), tmp_path / "export")
     assert json.loads((tmp_path / "export" / "config.json").read_text())["model_type"] == expected
     assert_same_tensors(random_model(config), load_hf(tmp_path / "export"))
+
+
+def test_groups_that_greedy_routing_ignores_are_not_written(tmp_path: Path) -> None:
+    config = replace(CONFIG, scoring_func="softmax", topk_method="greedy", n_group=2, topk_group=2)
+    save_hf(random_model(config), tmp_path / "export")
+    values = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert (values["n_group"], values["topk_group"]) == (1, 1)
 
 
 def test_transformers_reads_the_tokenizer_and_encodes_identically(tmp_path: Path) -> None:
