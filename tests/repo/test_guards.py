@@ -8,7 +8,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from ds_lightning.nn import RMSNorm
+from ds_lightning.nn.norm import RMSNorm
 
 SEEN: list[tuple[float, float, float]] = []
 
@@ -41,7 +41,7 @@ def test_the_network_is_closed(host: str) -> None:
 
 
 def test_names_of_other_machines_are_not_looked_up() -> None:
-    with pytest.raises(RuntimeError, match="a test reached for the network: 'example.org'"):
+    with pytest.raises(RuntimeError, match=r"a test reached for the network: 'example\.org'"):
         socket.create_connection(("example.org", 80), timeout=0.1)
 
 
