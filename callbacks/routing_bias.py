@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
@@ -15,8 +16,18 @@ class RoutingBias(Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from where the run stands."""
+        """Start from where the run stands.
+
+        Raises:
+            ValueError: If the precision has rounded the biases: steps of a thousandth would vanish in bfloat16.
+        """
         self._last_step = trainer.global_step
+        for name, buffer in pl_module.named_buffers():
+            if name.endswith("e_score_correction_bias") and buffer.dtype != torch.float32:
+                raise ValueError(
+                    f"trainer.precision is {trainer.precision}, which makes {name} {buffer.dtype}, expected "
+                    "torch.float32: use bf16-mixed or 32-true"
+                )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update after an optimizer step; other micro-batches only add to the load."""

@@ -41,6 +41,20 @@ def write_report(run_dir: Path, figures: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
+def read_report(run_dir: Path) -> dict[str, Any]:
+    """Return a run's ``report.json``.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = run_dir / REPORT
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): delete it, the next run writes it anew") from None
+    return report
+
+
 def summary_table(report: dict[str, Any]) -> Group:
     """Return the figures of a report's stage as tables for a terminal."""
     stage = report["stages"][0]

@@ -55,4 +55,5 @@ def sequence_balance_loss(scores: Float[Tensor, "tokens experts"], topk: int, *,
     chosen = torch.zeros_like(per_sequence).scatter_(-1, per_sequence.detach().topk(topk, -1).indices, 1.0)
     frequency = chosen.mean(1) * experts / topk
     probability = (per_sequence / per_sequence.sum(-1, keepdim=True)).mean(1)
-    return (frequency * probability).sum()
+    loss: Tensor = (frequency * probability).sum()
+    return loss

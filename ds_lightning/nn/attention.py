@@ -47,10 +47,7 @@ class MLA(nn.Module):
     ) -> Float[Tensor, "batch seq hidden"]:
         """Attend from each position to those before it, within its document where ``segment_ids`` are given."""
         config = self.config
-        if config.q_lora_rank is None:
-            query = self.q_proj(x)
-        else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        query = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))  # [batch seq heads nope+rope]
         q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
 

@@ -41,29 +41,29 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; parameters without gradient are left alone."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            pairs = [(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None]
             if group["muon"]:
-                self._step_muon(group, parameters)
-            elif parameters:
-                self._step_adamw(group, parameters)
+                self._step_muon(group, pairs)
+            elif pairs:
+                self._step_adamw(group, pairs)
         return loss
 
-    def _step_muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _step_muon(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Orthogonalise all matrices of one shape together, since each alone is too small to keep a device busy."""
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for parameter in parameters:
+        for parameter, gradient in pairs:
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            update = torch.lerp(parameter.grad, state["momentum"], group["momentum"])
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            update = torch.lerp(gradient, state["momentum"], group["momentum"])
             matrices = update.unflatten(-2, (group["parts"], -1)).flatten(0, -3)  # [matrices rows columns]
             by_shape[tuple(matrices.shape[1:])].append((parameter, matrices))
         for (rows, columns), entries in by_shape.items():
@@ -73,18 +73,18 @@ class Muon(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(piece.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
-    def _step_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        for parameter in parameters:
+    def _step_adamw(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
+        for parameter, _ in pairs:
             if not self.state[parameter]:
                 self.state[parameter] = {
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                     "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 }
-        states = [self.state[parameter] for parameter in parameters]
+        states = [self.state[parameter] for parameter, _ in pairs]
         torch._fused_adamw_(
-            parameters,
-            [parameter.grad for parameter in parameters],
+            [parameter for parameter, _ in pairs],
+            [gradient for _, gradient in pairs],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],

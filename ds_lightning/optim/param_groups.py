@@ -19,7 +19,8 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
         weight_decay: Decay of the first group.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -89,6 +90,20 @@ class PretrainModule(pl.LightningModule):
         """Share of the run that is done, in [0, 1]: of its tokens or of its budget, whichever is further."""
         return min(max(self.tokens_seen / self.total_tokens, self.budget_progress), 1.0)
 
+    def setup(self, stage: str) -> None:
+        """Check that the model has a row for every token of the data.
+
+        Raises:
+            ValueError: If it has not.
+        """
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        shards = getattr(datamodule, "shards", None)
+        if shards is not None and shards.manifest.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer in {datamodule.folder} has {shards.manifest.vocab_size} ids, the model's vocab_size is "
+                f"{self.config.vocab_size}, expected at least as many: set the model's to the tokenizer's"
+            )
+
     def configure_model(self) -> None:
         """Build the model, where the strategy wants it."""
         if self.model is None:
@@ -99,13 +114,14 @@ class PretrainModule(pl.LightningModule):
         """Return this micro-batch's part of the mean loss of the global batch."""
         model, gates = self._built, list[Gate]()
         input_ids, labels = batch["input_ids"], batch["labels"]
-        segments = {"segment_ids": batch.get("segment_ids"), "gates": gates}
-        hidden = model(input_ids, **segments)
+        segments = batch.get("segment_ids")
+        hidden = model(input_ids, segment_ids=segments, gates=gates)
         nll = next_token_loss(hidden, model.lm_head.weight, labels)
         loss = nll
         if len(model.mtp):
             weight = self._now(self.mtp_loss_weight) / len(model.mtp)
-            for depth, state in enumerate(model.mtp_hidden(input_ids, hidden, **segments), start=1):
+            states = model.mtp_hidden(input_ids, hidden, segment_ids=segments, gates=gates)
+            for depth, state in enumerate(states, start=1):
                 loss = loss + weight * next_token_loss(state, model.lm_head.weight, mtp_labels(labels, depth))
         if gates:
             self._count_load(gates)
@@ -141,7 +157,7 @@ class PretrainModule(pl.LightningModule):
         hidden: Tensor = self._built(batch["input_ids"], segment_ids=batch.get("segment_ids"))
         return hidden
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and the learning rate as a function of progress."""
         optimizer = build_optimizer(
             self._built, self.optimizer, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay

@@ -188,7 +188,7 @@ def test_a_run_resumed_from_a_checkpoint_books_the_redone_work_as_lost(tmp_path:
     # Two of four optimizer steps, of two batches each, were redone: they count once as lost and once as train.
     redone = sum(first["phases"][phase]["seconds"] for phase in ("data", "train", "validate"))
     assert 4 * 0.02 <= report["phases"]["lost"]["seconds"] < redone
-    assert 8 * 0.02 <= report["phases"]["train"]["seconds"]
+    assert report["phases"]["train"]["seconds"] >= 8 * 0.02
     assert report["wall_seconds"] == pytest.approx(sum(report["attempt_seconds"].values()))
     assert report["attempt_seconds"]["1"] >= first["attempt_seconds"]["1"]
 

@@ -34,6 +34,10 @@ class Tokens(LightningModule):
         self.fail_at = fail_at
         self.error = error
 
+    @property
+    def progress(self) -> float:
+        return self.tokens_seen / self.total_tokens
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if batch_idx == self.fail_at:
             raise self.error

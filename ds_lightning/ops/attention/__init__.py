@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ds_lightning.ops.attention import reference
-from ds_lightning.ops.attention.cpu import BlockedAttention
+from ds_lightning.ops.attention.cpu import blocked_attention
 
 __all__ = ["causal_attention", "reference"]
 
@@ -19,19 +19,15 @@ def causal_attention(
     scale: float,
     segment_ids: Int[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch heads seq v_dim"]:
-    """Return what :func:`reference.causal_attention` defines: through torch's fused attention on a GPU, in blocks of
-    queries on a CPU.
+    """Return what :func:`reference.causal_attention` defines.
 
-    Fused kernels want all heads of one width: the narrower side is padded with zeros, which changes no score and no
-    value, and the padding is cut off again.
+    On a CPU in blocks of queries, on a GPU through torch's fused attention. Its kernels want all heads of one width:
+    the narrower side is padded with zeros, which changes no score and no value, and the padding is cut off again.
     """
     if query.device.type == "cpu":
         segments = None if segment_ids is None else segment_ids.repeat_interleave(query.shape[1], 0)
-        with torch.autocast("cpu", enabled=False):
-            rows: Tensor = BlockedAttention.apply(
-                query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), segments, scale
-            )
-        return rows.unflatten(0, query.shape[:2])
+        rows = blocked_attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), segments, scale)
+        return rows.view(*query.shape[:3], -1)
     qk, v_dim = query.shape[-1], value.shape[-1]
     if qk < v_dim:
         query, key = pad(query, (0, v_dim - qk)), pad(key, (0, v_dim - qk))

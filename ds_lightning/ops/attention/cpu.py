@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK = 128
 """Queries a block."""
 
 
-class BlockedAttention(torch.autograd.Function):
-    """Attention over [rows seq dim], a row being one head of one sequence; probabilities are made again backward."""
+class _BlockedAttention(torch.autograd.Function):
+    """Keeps queries, keys and values; probabilities are made again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Tensor | None, scale: float) -> Tensor:
@@ -40,6 +41,19 @@ class BlockedAttention(torch.autograd.Function):
             torch.bmm(grad_score, key[:, :stop], out=grad_query[:, start:stop])
             grad_key[:, :stop] += grad_score.transpose(1, 2) @ query[:, start:stop]
         return grad_query, grad_key, grad_value, None, None
+
+
+def blocked_attention(
+    query: Float[Tensor, "rows seq qk"],
+    key: Float[Tensor, "rows seq qk"],
+    value: Float[Tensor, "rows seq v_dim"],
+    segment_ids: Int[Tensor, "rows seq"] | None,
+    scale: float,
+) -> Float[Tensor, "rows seq v_dim"]:
+    """Return causal attention, a row being one head of one sequence; see :func:`reference.causal_attention`."""
+    with torch.autocast(query.device.type, enabled=False):
+        out: Tensor = _BlockedAttention.apply(query, key, value, segment_ids, scale)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _blocks(query: Tensor) -> Iterator[tuple[int, int]]:

@@ -28,7 +28,7 @@ def linear_cross_entropy(
     """
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden.to(dtype or hidden.dtype), weight, labels, token_weights)
+        loss: Tensor = _LinearCrossEntropy.apply(hidden.to(dtype or hidden.dtype), weight, labels, token_weights)  # type: ignore[no-untyped-call]
     return loss
 
 

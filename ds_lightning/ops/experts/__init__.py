@@ -33,7 +33,7 @@ def routed_experts(
     """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = _RoutedExperts.apply(x.to(dtype), indices, weights, gate_up_proj, down_proj)
+        out: Tensor = _RoutedExperts.apply(x.to(dtype), indices, weights, gate_up_proj, down_proj)  # type: ignore[no-untyped-call]
     return out
 
 

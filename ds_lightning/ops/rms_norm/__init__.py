@@ -21,7 +21,7 @@ def rms_norm(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
-        out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+        out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -35,7 +35,8 @@ class _RMSNorm(torch.autograd.Function):
         normal = wide * scale
         ctx.save_for_backward(normal, scale, weight)
         ctx.dtype = x.dtype
-        return (normal * weight).to(dtype)
+        out: Tensor = (normal * weight).to(dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
