@@ -28,8 +28,8 @@ def results_table(results: dict[str, Any] | None) -> str:
         ("tokens per second", f"{stage['tokens_per_second']:,.0f}"),
         *((f"held-out bits per byte, {name}", f"{bits:.3f}") for name, bits in stage["bits_per_byte"].items()),
         ("device-hours", f"{stage['device_hours']:.3f}"),
-        ("dollars", f"{stage["usd"]:.6f}"),
-        *((f"dollars, {name}", f"{phase['usd']:.4f}") for name, phase in stage["phases"].items() if phase["usd"]),
+        ("dollars", f"{stage['usd']:.6f}"),
+        *((f"dollars, {name}", f"{phase['usd']:.6f}") for name, phase in stage["phases"].items() if phase["usd"]),
         ("seconds from start to end", f"{results['wall_seconds']:,.0f}"),
     ]
     head = f"`{results['command']}` on {results['machine']}, {results['date']}:"
