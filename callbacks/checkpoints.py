@@ -37,6 +37,9 @@ class Checkpoints(Checkpoint):
     ``on_train_batch_end`` is in the checkpoint. What the LightningModule does in its own ``on_train_batch_end`` is
     not: it comes later still.
 
+    The metrics of such a step reach the loggers only after its save, so they are in the checkpoint, and a resumed run
+    logs them once more: a process killed in between leaves no hole in the curves.
+
     Other callbacks stop a run early through ``save_and_stop``.
 
     Checkpoints go to ``checkpoints/`` in the trainer's ``default_root_dir``. A save that fails (a full disk, a
@@ -80,6 +83,7 @@ class Checkpoints(Checkpoint):
         self._attempted_at = 0.0
         self._loops: dict[str, Any] | None = None  # of the fit loop, at the latest boundary
         self._saving: dict[str, Any] | None = None
+        self._unlogged: tuple[int, dict[str, float]] | None = None  # step and metrics of the save, not yet logged
         self._random_state: dict[str, Any] | None = None
 
     def save_and_stop(self) -> None:
@@ -93,7 +97,7 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run of the same callback."""
-        self._random_state = None
+        self._random_state = self._unlogged = None
         if stage == "fit":
             self._loops = None
             self.stopped = self._stop_requested = self._at_boundary = False
@@ -108,6 +112,11 @@ class Checkpoints(Checkpoint):
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+        if self._unlogged is not None:
+            step, metrics = self._unlogged
+            self._unlogged = None
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Leave the epoch if the last boundary was where to stop.
@@ -138,7 +147,9 @@ class Checkpoints(Checkpoint):
             epoch_loop._skip_next_val = validation_is_due
             self.stopped = True
         elif self._is_due(trainer) and not validation_is_due:
+            self._unlogged = _metrics_to_log(trainer)
             self._save(trainer, pl_module, self._loops)
+            self._unlogged = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the save that waited for this validation, or stop if that was asked for meanwhile."""
@@ -158,9 +169,14 @@ class Checkpoints(Checkpoint):
         self._loops = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the loops' snapshot of the boundary into the checkpoint."""
+        """Put the loops' snapshot of the boundary into the checkpoint, and what is still to be logged."""
         if self._saving is not None:
             checkpoint["loops"]["fit_loop"] = self._saving
+            checkpoint["unlogged"] = self._unlogged
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what was still to be logged until training starts."""
+        self._unlogged = checkpoint.get("unlogged")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random state and the number of failed saves."""
@@ -225,6 +241,15 @@ class Checkpoints(Checkpoint):
             self._saving = None
             if trainer.is_global_zero:
                 checkpoint.discard(temporary)
+
+
+def _metrics_to_log(trainer: Trainer) -> tuple[int, dict[str, float]] | None:
+    """Return what Lightning is about to log for this step, and under which number."""
+    connector = trainer._logger_connector
+    if not connector.should_update_logs:
+        return None
+    metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
+    return trainer.fit_loop.epoch_loop._batches_that_stepped, {**metrics, "epoch": float(trainer.current_epoch)}
 
 
 def _after_validation(loops: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run does when it is told to go: checkpoint at the next optimizer step, then stop."""
 
 import signal
+import sys
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -74,6 +75,11 @@ class Preemption(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell whether training was ended early."""
         self.preempted = self._asked and self._checkpoints(trainer).stopped
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say why the run ends, where Lightning would end the process without a word."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
 
     def _ask(self, trainer: Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(bool(self._received), all=False):

@@ -11,9 +11,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from ds_lightning.user_errors import one_line, writing
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
+
+PATH_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What the file system says of a wrong path; anything else, such as a full disk, is a failure of the run."""
 
 HELP = """usage: ds-lightning COMMAND [options]
 
@@ -57,14 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands[argv[0]](argv if commands[argv[0]] is _train else argv[1:])
     except KeyboardInterrupt:
         return _complain("interrupted", status=FAILED)
-    except ArgumentError as error:
-        return _complain(_innermost(str(error)))
     except OSError as error:
-        return _complain(str(error), status=WRONG_INPUT if isinstance(error, FileNotFoundError) else FAILED)
+        path = error.filename2 or error.filename  # of a move: what it should have become
+        where = f"{path}: {error.strerror}" if path else str(error)
+        return _complain(where, status=WRONG_INPUT if isinstance(error, PATH_ERRORS) else FAILED)
+    except MemoryError as error:
+        return _complain(str(error) or "out of memory", status=FAILED)
     except ValueError as error:
-        if not _is_ours(error):
+        meant = _ours(error)
+        if meant is None:
             raise
-        return _complain(str(error))
+        return _complain(str(meant))
 
 
 def _complain(message: str, status: int = WRONG_INPUT) -> int:
@@ -72,18 +80,20 @@ def _complain(message: str, status: int = WRONG_INPUT) -> int:
     return status
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error on purpose, and no library below it met something unforeseen."""
-    frames = traceback.extract_tb(error.__traceback__)
+def _ours(error: BaseException) -> BaseException | None:
+    """Return the error that this package raised on purpose, at the bottom of an explicit chain or by itself.
+
+    None where a library met something unforeseen: that is a bug, and needs its traceback.
+    """
     package = Path(__file__).resolve().parent
-    ours = (package, package.parent / "callbacks")
-    return bool(frames) and any(Path(frames[-1].filename).resolve().is_relative_to(folder) for folder in ours)
-
-
-def _innermost(message: str) -> str:
-    """Return the cause at the bottom of jsonargparse's nested report, with the key that it names at the top."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
-    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+    folders = (package, package.parent / "callbacks")
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = traceback.extract_tb(cause.__traceback__)
+        if frames and any(Path(frames[-1].filename).resolve().is_relative_to(folder) for folder in folders):
+            return cause
+        cause = cause.__cause__
+    return None
 
 
 def _train(argv: list[str]) -> int:
@@ -93,7 +103,14 @@ def _train(argv: list[str]) -> int:
 
 
 def _parser(command: str) -> ArgumentParser:
-    return ArgumentParser(prog=f"ds-lightning {command}", exit_on_error=False)
+    return ArgumentParser(prog=f"ds-lightning {command}", exit_on_error=False, allow_abbrev=False)
+
+
+def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    try:
+        return parser.parse_args(argv)
+    except ArgumentError as error:
+        raise ValueError(one_line(str(error), known=[action.dest for action in parser._actions])) from None
 
 
 def _data(argv: list[str]) -> int:
@@ -104,9 +121,10 @@ def _data(argv: list[str]) -> int:
     parser = _parser("data prepare")
     parser.add_function_arguments(prepare)
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
-    options = parser.parse_args(argv[1:]).as_dict()
+    options = _parse(parser, argv[1:]).as_dict()
     as_json = options.pop("json")
-    manifest = prepare(**options)
+    with writing(options["folder"]):
+        manifest = prepare(**options)
     if as_json:
         print((Path(options["folder"]) / "manifest.json").read_text(encoding="utf-8"), end="")
         return DONE
@@ -121,9 +139,14 @@ def _export(argv: list[str]) -> int:
     parser = _parser("export")
     parser.add_argument("checkpoint", type=str, help="a run folder, or one of its checkpoints")
     parser.add_argument("out_dir", type=str, help="folder to write, in Hugging Face layout")
+    parser.add_argument("--tokenizer", type=str, help="a tokenizer.json; none: that of the run's token shards")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    options = parser.parse_args(argv)
-    export_checkpoint(Path(options.checkpoint), Path(options.out_dir), overwrite=options.overwrite)
+    options = _parse(parser, argv)
+    tokenizer_file = Path(options.tokenizer) if options.tokenizer else None
+    with writing(options.out_dir):
+        export_checkpoint(
+            Path(options.checkpoint), Path(options.out_dir), tokenizer_file=tokenizer_file, overwrite=options.overwrite
+        )
     print(f"wrote {options.out_dir}")
     return DONE
 
@@ -135,8 +158,9 @@ def _import(argv: list[str]) -> int:
     parser.add_argument("hf_dir", type=str, help="folder in Hugging Face layout, safetensors only")
     parser.add_argument("out_dir", type=str, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier import")
-    options = parser.parse_args(argv)
-    parameters = import_weights(Path(options.hf_dir), Path(options.out_dir), overwrite=options.overwrite)
+    options = _parse(parser, argv)
+    with writing(options.out_dir):
+        parameters = import_weights(Path(options.hf_dir), Path(options.out_dir), overwrite=options.overwrite)
     print(f"wrote {options.out_dir}: {parameters:,} parameters")
     return DONE
 
@@ -149,7 +173,7 @@ def _ledger(argv: list[str]) -> int:
     parser = _parser("ledger")
     parser.add_argument("run_dir", type=str, help="folder of a run")
     parser.add_argument("--json", action="store_true", help="print the sums as JSON")
-    options = parser.parse_args(argv)
+    options = _parse(parser, argv)
     report = ledger_report(options.run_dir)
     if options.json:
         print(json.dumps(report, indent=1))

@@ -1,24 +1,34 @@
-"""The commands that train and measure: LightningCLI with a run folder, a resume rule, and the callbacks of every run."""
+"""The commands that train and measure: LightningCLI with a run folder, a resume rule, and a set of callbacks."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
+import torch
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from ds_lightning import callbacks
 from ds_lightning.data import compression_baselines
 from ds_lightning.flops import active_param_count, param_count
 from ds_lightning.models.hf import save_hf
-from ds_lightning.summary import summary_table, write_report
+from ds_lightning.summary import REPORT, read_report, summary_table, write_report
 from ds_lightning.training import checkpoint
-from ds_lightning.training.run_folder import claim_run_folder
+from ds_lightning.training.run_folder import claim_run_folder, read_config, value_at
+from ds_lightning.user_errors import one_line, writing
+
+USAGE = "ds-lightning {} --config FILE [--config FILE ...] [--out RUN_DIR] [--KEY VALUE ...]"
 
 SECTIONS = {
     "routing_bias": callbacks.RoutingBias,
@@ -36,17 +46,74 @@ SECTIONS = {
 
 
 def run(argv: list[str]) -> int:
-    """Run ``fit``, ``validate``, ``test`` or ``predict``, and return the exit status."""
+    """Run ``fit``, ``validate``, ``test`` or ``predict``, and return the exit status.
+
+    Raises:
+        ValueError: If a config, a setting or a file is wrong; one line.
+        MemoryError: If a device has not enough memory.
+    """
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    cli = TrainingCLI(argv)
-    return cli.exit_status
+    OmegaConf.clear_resolver("oc.env")  # what the environment holds, secrets too, would be written to config.yaml
+    _quieten()
+    configs = _config_files(argv)
+    for path in configs:
+        _check_config(path)
+    for option in ("--data.init_args.total_tokens", "--data.total_tokens"):
+        if any(argument.partition("=")[0] == option for argument in argv):
+            raise ValueError(f"{option}: not an option, set --model.init_args.total_tokens: the data follow the model")
+    try:
+        return TrainingCLI(argv, default_out=_default_out(configs)).exit_status
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from None
+    except ValueError as error:
+        if "val_check_interval" in str(error):  # known to Lightning once it has seen the length of the training data
+            raise ValueError(str(error).strip()) from None
+        raise
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{error}; a smaller micro-batch (trainer.accumulate_grad_batches) needs less") from None
+
+
+def _quieten() -> None:
+    """Leave out what libraries say on every start and no user can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")
+
+
+def _config_files(argv: list[str]) -> list[Path]:
+    """Return the values of ``--config``, in any of the spellings that the parser takes."""
+    files = [argument.partition("=")[2] for argument in argv if argument.startswith(("--config=", "-c="))]
+    files += [value for option, value in pairwise(argv) if option in ("--config", "-c")]
+    return [Path(file) for file in files]
+
+
+def _check_config(path: Path) -> None:
+    """Refuse what the parser would not name the file for, or would silently override."""
+    content = read_config(path)
+    planned, read = (value_at(content, f"{section}.init_args.total_tokens") for section in ("model", "data"))
+    if read is not None and read != planned:
+        raise ValueError(
+            f"{path}: data.init_args.total_tokens is {read}, expected that of the model ({planned}): leave it out"
+        )
+
+
+def _default_out(configs: list[Path]) -> str:
+    """Name the run after the last config that says what is run and not where."""
+    experiments = [path for path in configs if path.resolve().parent.name != "trainer"]
+    return f"runs/{experiments[-1].stem if experiments else 'default'}"
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI whose runs live in one folder each and go on where they stopped."""
+    """LightningCLI whose runs live in one folder each and go on where they stopped.
 
-    def __init__(self, argv: list[str]) -> None:
+    Args:
+        argv: Command and options.
+        default_out: Folder of the run, if none is given.
+    """
+
+    def __init__(self, argv: list[str], default_out: str = "runs/default") -> None:
         self.exit_status = 0
+        self.default_out = default_out
         sys.argv[1:] = argv  # Lightning warns where arguments are given beside those of the process
         super().__init__(
             LightningModule,
@@ -58,27 +125,70 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             trainer_defaults={"max_epochs": 1, "use_distributed_sampler": False, "enable_model_summary": False},
-            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                **{name: {"prog": f"ds-lightning {name}", "usage": USAGE.format(name)} for name in self.subcommands()},
+            },
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say in one line what is wrong.
+
+        Raises:
+            ValueError: If the arguments or files do not make a complete config.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            known = [action.dest for action in self._subcommand_parsers[sys.argv[1]]._actions]
+            raise ValueError(one_line(str(error), known)) from None
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{str(error.full_key).partition('.')[2]}: {str(error).splitlines()[0]}") from None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder, a section for each callback, and links between module and data."""
-        parser.add_argument("--out", type=str, default="runs/default", help="folder of the run")
+        parser.add_argument("--out", type=str, default=self.default_out, help="folder of the run")
         for key, callback in SECTIONS.items():
             parser.add_lightning_class_args(callback, key)
         parser.link_arguments("model.init_args.total_tokens", "data.init_args.total_tokens")
 
     def before_instantiate_classes(self) -> None:
-        """Send everything that the run writes to its folder."""
+        """Send everything that the run writes to its folder.
+
+        Raises:
+            ValueError: If a setting that Lightning takes unchecked is out of range.
+        """
         options = self._options
         options.trainer.default_root_dir = options.out
+        if options.trainer.accumulate_grad_batches < 1:
+            found = options.trainer.accumulate_grad_batches
+            raise ValueError(f"trainer.accumulate_grad_batches is {found}, expected at least 1")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to TensorBoard in the run folder, if nothing else is asked for."""
+        """Log to TensorBoard in the run folder, if nothing else is asked for.
+
+        Raises:
+            ValueError: If Lightning refuses a setting of the trainer.
+        """
         options = self._options
         if options.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(options.out, name="", version="tensorboard", default_hp_metric=False)
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise ValueError(f"trainer: {error}") from None
+
+    def _instantiate_trainer(self, config: dict[str, Any], extra: list[Any]) -> Trainer:
+        """Leave our progress bar out where none is wanted; Lightning refuses the two together."""
+        if config["enable_progress_bar"] is False:
+            extra = [callback for callback in extra if not isinstance(callback, callbacks.ProgressBar)]
+        return super()._instantiate_trainer(config, extra)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with writing(self._options.out):
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         """Claim the run folder for this config, and find the checkpoint to go on from."""
@@ -86,7 +196,32 @@ class TrainingCLI(LightningCLI):
         claim_run_folder(Path(self._options.out), self.config_dump)
         self._find_checkpoint("fit")
 
-    def after_fit(self) -> None:
+    def fit(self, **kwargs: Any) -> None:
+        """Train; of a finished run, show what it brought."""
+        report = self._report_of_finished_run(kwargs.get("ckpt_path"))
+        if report is None:
+            self.trainer.fit(**kwargs)
+            self._conclude()
+        else:
+            Console().print(summary_table(report))
+
+    def _report_of_finished_run(self, state: str | None) -> dict[str, Any] | None:
+        """Return the report of the checkpoint, if it is the end of the run: of its tokens or of its budget."""
+        out, budget = Path(self._options.out), self._callback("budget")
+        if state is None or not (out / REPORT).is_file():
+            return None
+        report = read_report(out)
+        tokens = report["stages"][0]["tokens"]
+        spent = report["ledger"]
+        limits = [
+            (tokens, self.model.total_tokens),
+            (spent["usd"], budget.usd),
+            (spent["device_hours"], budget.hours),
+        ]
+        over = any(limit is not None and done >= limit for done, limit in limits)
+        return report if over and checkpoint.verify(Path(state)).tokens == tokens else None
+
+    def _conclude(self) -> None:
         """Measure and export the final weights, and print what the run brought and cost."""
         if self._callback("preemption").preempted:
             print(f"stopped early; the same command goes on from {self._options.out}", file=sys.stderr)

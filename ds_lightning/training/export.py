@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ds_lightning.config import DeepSeekConfig, RopeScaling
+from ds_lightning.flops import param_count
 from ds_lightning.models import DeepSeek
 from ds_lightning.models.hf import load_hf, save_hf
 from ds_lightning.training import checkpoint
-from ds_lightning.training.run_folder import CONFIG
+from ds_lightning.training.run_folder import CONFIG, read_config, value_at
 
 
 def export_checkpoint(path: Path, folder: Path, *, tokenizer_file: Path | None = None, overwrite: bool = False) -> Path:
@@ -26,29 +26,43 @@ def export_checkpoint(path: Path, folder: Path, *, tokenizer_file: Path | None =
         The checkpoint that was exported.
 
     Raises:
-        ValueError: If there is no valid checkpoint, no run around it, or no tokenizer.
+        ValueError: If there is no valid checkpoint, no run around it, no tokenizer, or the run's config is damaged.
     """
-    if (path / CONFIG).is_file():
-        run_dir = path
-        newest, skipped = checkpoint.newest_valid(path / "checkpoints")
-        if newest is None:
-            reasons = "; ".join(map(str, skipped)) or "there is none"
-            raise ValueError(f"{path} has no valid checkpoint: {reasons}")
-        path = newest
-    else:
-        checkpoint.verify(path)
-        path = path.parent if path.name == checkpoint.STATE else path
-        run_dir = path.parent.parent
-        if not (run_dir / CONFIG).is_file():
-            raise ValueError(f"{run_dir / CONFIG} is missing, expected the config of the run that wrote {path}")
-    config = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
-    tokenizer_file = tokenizer_file or Path(config["data"]["init_args"]["folder"]) / "tokenizer.json"
+    run_dir, path = _locate(path)
+    config = read_config(run_dir / CONFIG)
+    fields = value_at(config, "model.init_args.config")
+    data = value_at(config, "data.init_args.folder")
+    if not isinstance(fields, dict) or not isinstance(data, str):
+        raise ValueError(f"{run_dir / CONFIG} lacks model.init_args.config or data.init_args.folder, expected a run's")
+    tokenizer_file = tokenizer_file or Path(data) / "tokenizer.json"
     if not tokenizer_file.is_file():
         raise ValueError(f"{tokenizer_file} is missing, expected the run's tokenizer: name it with --tokenizer")
     state = torch.load(path / checkpoint.STATE, map_location="cpu", weights_only=True)["state_dict"]
-    model = build_model(config["model"]["init_args"]["config"], state)
+    try:
+        model = build_model(fields, state)
+    except (RuntimeError, TypeError) as error:  # of the state and of the fields
+        mismatch = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{run_dir / CONFIG} does not describe the weights of {path}: {mismatch}") from None
     save_hf(model, folder, tokenizer_file=tokenizer_file, overwrite=overwrite)
     return path
+
+
+def _locate(path: Path) -> tuple[Path, Path]:
+    """Return the folder of a run and the checkpoint in it that a path means."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist, expected the folder of a run or one of its checkpoints")
+    if (path / CONFIG).is_file():
+        newest, skipped = checkpoint.newest_valid(path / "checkpoints")
+        if newest is None:
+            reasons = "; ".join(map(str, skipped)) or f"{path / 'checkpoints'} holds none"
+            raise ValueError(f"{path} has no valid checkpoint: {reasons}")
+        return path, newest
+    checkpoint.verify(path)
+    path = path.parent if path.name == checkpoint.STATE else path
+    run_dir = path.parent.parent
+    if not (run_dir / CONFIG).is_file():
+        raise ValueError(f"{run_dir / CONFIG} is missing, expected the config of the run that wrote {path}")
+    return run_dir, path
 
 
 def import_weights(source: Path, folder: Path, *, overwrite: bool = False) -> int:
@@ -60,7 +74,7 @@ def import_weights(source: Path, folder: Path, *, overwrite: bool = False) -> in
         overwrite: Replace an earlier import.
 
     Returns:
-        Number of parameters.
+        Number of parameters, selection biases included.
 
     Raises:
         ValueError: If the folder's files do not make a DeepSeek model.
@@ -68,7 +82,7 @@ def import_weights(source: Path, folder: Path, *, overwrite: bool = False) -> in
     model = load_hf(source)
     tokenizer_file = source / "tokenizer.json"
     save_hf(model, folder, tokenizer_file=tokenizer_file if tokenizer_file.is_file() else None, overwrite=overwrite)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return param_count(model.config, include_mtp=True)
 
 
 def build_model(config: dict[str, Any], state: dict[str, torch.Tensor]) -> DeepSeek:

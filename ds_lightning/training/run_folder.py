@@ -34,9 +34,9 @@ def claim_run_folder(folder: Path, config: dict[str, Any]) -> None:
     path = folder / CONFIG
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+        earlier = read_config(path)
         for key in _FIXED:
-            difference = _first_difference(key, _at(earlier, key), _at(config, key))
+            difference = _first_difference(key, value_at(earlier, key), value_at(config, key))
             if difference:
                 raise ValueError(f"{folder} belongs to another config: {difference}; give another --out")
     temporary = path.with_suffix(".tmp")
@@ -44,7 +44,29 @@ def claim_run_folder(folder: Path, config: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _at(config: Any, key: str) -> Any:
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config file.
+
+    Raises:
+        ValueError: If it is not a YAML mapping of sections.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}, expected YAML") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path} is not YAML: {error.problem}{line}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {content!r:.80}, expected sections such as model, data and trainer")
+    return content
+
+
+def value_at(config: Any, key: str) -> Any:
+    """Return the value under a dotted key; none where there is none."""
     for part in key.split("."):
         config = config.get(part) if isinstance(config, dict) else None
     return config
