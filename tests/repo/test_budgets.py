@@ -21,7 +21,12 @@ PYTHON = sorted(
 )
 SCRIPTS = sorted(path for path in [*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"] if path.is_file())
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PROSE = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/**/README.md")])
+PROSE = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(path for folder in ("docs", "ds_lightning", "configs") for path in (ROOT / folder).rglob("*.md")),
+    ]
+)
 OTHERS = [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "constraints.txt"]
 
 FORBIDDEN_CODE = {

@@ -141,7 +141,7 @@ def test_results_are_written_between_their_markers(tmp_path: Path, monkeypatch: 
     for row in (
         "| tokens per second | 4,322 |",
         "| held-out bits per byte, model | 1.500 |",
-        "| dollars, train | 0.0040 |",
+        "| dollars, train | 0.004000 |",
     ):
         assert row in written
     assert "lost" not in written
