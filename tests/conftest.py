@@ -26,8 +26,9 @@ _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 
 def pytest_configure() -> None:
-    """Keep to a few threads: on a large machine more of them slow the small tensors of tests down."""
-    torch.set_num_threads(min(torch.get_num_threads(), 4))
+    """Share the cores with tests beside these; more than a few threads slow the small tensors of tests down."""
+    beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(torch.get_num_threads() // beside, 4)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
