@@ -20,7 +20,9 @@ from ds_lightning.data.shards import SplitName, TokenShards, TokenStream, compre
 class PackedRows(Rows):
     """Rows of documents one after the other; in training without the last, partly filled one."""
 
-    def __init__(self, stream: TokenStream, shards: TokenShards, *, seq_len: int, mask_documents: bool, full: bool) -> None:
+    def __init__(
+        self, stream: TokenStream, shards: TokenShards, *, seq_len: int, mask_documents: bool, full: bool
+    ) -> None:
         self.stream = stream
         self.eos_id = shards.manifest.eos_id
         self.pad_id = shards.manifest.pad_id
@@ -45,6 +47,7 @@ class PackedRows(Rows):
         return batch
 
     def counted(self, rows: Int64[np.ndarray, " rows"]) -> int:
+        """Return how many labels some rows have that are counted: all but padding."""
         return counted_labels(len(self.stream), self.seq_len, rows)
 
 

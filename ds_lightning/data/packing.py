@@ -64,8 +64,7 @@ def document_segments(input_ids: Int64[np.ndarray, "rows seq"], eos_id: int) -> 
 def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Distribute samples over rows, the longest first, each into the fullest row that has room for it.
 
-    DeepSeek-R1's training packs this way (arXiv:2501.12948v2, appendix B.1). No order of equal lengths but that of the
-    numbers is in it, so the rows depend on the lengths alone.
+    DeepSeek-R1's training packs this way (arXiv:2501.12948v2, appendix B.1). The rows depend on the lengths alone.
 
     Args:
         lengths: Positions that each sample takes, at most ``capacity``.
