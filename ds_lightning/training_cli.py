@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from ds_lightning import callbacks
-from ds_lightning.data import compression_baselines
+from ds_lightning.data import SFTDataModule
 from ds_lightning.flops import active_param_count, param_count
 from ds_lightning.models.hf import save_hf
 from ds_lightning.summary import REPORT, read_report, summary_table, write_report
@@ -214,7 +214,7 @@ class TrainingCLI(LightningCLI):
         tokens = report["stages"][0]["tokens"]
         spent = report["ledger"]
         limits = [
-            (tokens, self.model.total_tokens),
+            (tokens, self.model.total_tokens or report["stages"][0]["total_tokens"]),
             (spent["usd"], budget.usd),
             (spent["device_hours"], budget.hours),
         ]
@@ -233,19 +233,22 @@ class TrainingCLI(LightningCLI):
         samples = self._callback("samples").last  # a validation of its own would forget them
         self.trainer.limit_val_batches = 1.0
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        folder = self.datamodule.folder
         with cost.phase("export"):
             self._export(out / "weights")
         if self.trainer.is_global_zero:
             figures = {
-                "name": "pretrain",
+                "name": "sft" if isinstance(self.datamodule, SFTDataModule) else "pretrain",
                 "tokens": self.model.tokens_seen,
+                "total_tokens": self.model.total_tokens,
                 "parameters": param_count(self.model.config, include_mtp=True),
                 "active_parameters": active_param_count(self.model.config, include_embedding=False),
-                "bits_per_byte": {**compression_baselines(folder), "model": self._metric("val/bits_per_byte")},
-                "val_loss": self._metric("val/loss"),
+                "bits_per_byte": {},
                 "samples": samples,
             }
+            if "val/loss" in self.trainer.callback_metrics:
+                baselines: dict[str, float] = getattr(self.datamodule, "compression_baselines", dict)()
+                figures["bits_per_byte"] = {**baselines, "model": self._metric("val/bits_per_byte")}
+                figures["val_loss"] = self._metric("val/loss")
             Console().print(summary_table(write_report(out, figures)))
 
     def before_validate(self) -> None:

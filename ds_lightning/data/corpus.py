@@ -97,7 +97,7 @@ class Corpus:
                 if path.suffix == ".py":
                     yield from self._read_text(path, path.relative_to(root).as_posix(), "skip")
         else:
-            for path, name in _expand(source):
+            for path, name in expand(source):
                 yield from self._read_file(path, name)
 
     def _read_file(self, path: Path, name: str) -> Iterator[Document]:
@@ -211,7 +211,7 @@ def _walk(root: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _expand(source: str) -> Iterator[tuple[Path, str]]:
+def expand(source: str) -> Iterator[tuple[Path, str]]:
     """Yield the files that a path, a directory or a glob stands for, each with its document name."""
     path = Path(source)
     if path.is_dir():

@@ -1,124 +1,57 @@
-"""The Lightning data module: prepared shards in, packed batches out, in an order that survives any restart."""
+"""The Lightning data module of pretraining: prepared shards in, packed batches out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from math import gcd
-from typing import Any, NamedTuple, NotRequired, TypedDict
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt16
 from tokenizers import Tokenizer
-from torch.utils.data import DataLoader, Dataset
 
+from ds_lightning.data.batches import Batch, BatchRequest, RowDataModule, Rows
 from ds_lightning.data.corpus import OnBadUtf8
 from ds_lightning.data.packing import counted_labels, document_segments, num_full_rows, num_rows, read_rows
 from ds_lightning.data.preparation import prepare
-from ds_lightning.data.sampler import BatchSchedule, StepPlan, micro_batch, row_order
-from ds_lightning.data.shards import TokenShards, TokenStream
+from ds_lightning.data.sampler import BatchSchedule, StepPlan
+from ds_lightning.data.shards import SplitName, TokenShards, TokenStream, compression_baselines
 
 
-class Batch(TypedDict):
-    """Rows of packed documents."""
+class PackedRows(Rows):
+    """Rows of documents one after the other; in training without the last, partly filled one."""
 
-    input_ids: Int64[torch.Tensor, "batch seq"]
-    labels: Int64[torch.Tensor, "batch seq"]
-    """The token after each of ``input_ids``; -100 is not counted."""
-    segment_ids: NotRequired[Int64[torch.Tensor, "batch seq"]]
-    """Index of the document within the row; only where attention should stay within documents."""
-    step_tokens: int
-    """Counted labels of the whole optimizer step over all ranks and micro-batches; in validation, of the batches of
-    all ranks."""
-
-
-class BatchRequest(NamedTuple):
-    """Which rows make a batch, and the labels that its whole optimizer step counts."""
-
-    rows: tuple[int, ...]
-    step_tokens: int
-
-
-class PackedBatches(Dataset[Batch]):
-    """The batches of a split, one for each :class:`BatchRequest`."""
-
-    def __init__(self, stream: TokenStream, *, seq_len: int, eos_id: int, pad_id: int, mask_documents: bool) -> None:
+    def __init__(
+        self, stream: TokenStream, shards: TokenShards, *, seq_len: int, mask_documents: bool, full: bool
+    ) -> None:
         self.stream = stream
+        self.eos_id = shards.manifest.eos_id
+        self.pad_id = shards.manifest.pad_id
         self.seq_len = seq_len
-        self.eos_id = eos_id
-        self.pad_id = pad_id
         self.mask_documents = mask_documents
+        self.full = full
+
+    def __len__(self) -> int:
+        return (num_full_rows if self.full else num_rows)(len(self.stream), self.seq_len)
 
     def __getitem__(self, request: BatchRequest) -> Batch:
         rows = np.array(request.rows, dtype=np.int64)
         inputs, labels = read_rows(self.stream, rows, self.seq_len, pad_id=self.pad_id)
         batch = Batch(
-            input_ids=torch.from_numpy(inputs), labels=torch.from_numpy(labels), step_tokens=request.step_tokens
+            input_ids=torch.from_numpy(inputs),
+            labels=torch.from_numpy(labels),
+            step_tokens=request.step_tokens,
+            step_labels=request.step_labels,
         )
         if self.mask_documents:
             batch["segment_ids"] = torch.from_numpy(document_segments(inputs, self.eos_id))
         return batch
 
-
-class BatchLoader:
-    """An iterable of batches whose length is the whole run and whose iteration begins where the run stands.
-
-    Lightning counts the batches of a resumed run on from the checkpoint, so the length must be that of the whole. It is
-    no ``DataLoader``: Lightning replaces the sampler of one when several ranks train.
-
-    Args:
-        batches: Where the batches come from.
-        requests: The requests from where the run stands; called when an iteration begins.
-        length: Batches of the whole run.
-        num_workers: Processes that read ahead; 0: none. The batches and their order do not depend on it.
-    """
-
-    def __init__(
-        self,
-        batches: PackedBatches,
-        requests: Callable[[], Iterator[BatchRequest]],
-        length: int,
-        num_workers: int,
-    ) -> None:
-        self.batches = batches
-        self.requests = requests
-        self.length = length
-        self.num_workers = num_workers
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Batch]:
-        # A generator of its own: a DataLoader without one draws from the global one, once more after every restart.
-        yield from DataLoader(
-            self.batches,
-            batch_size=None,
-            sampler=_Requests(self.requests),
-            num_workers=self.num_workers,
-            generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the data module keeps the position. Lightning asks before it believes in resumption."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load nothing."""
+    def counted(self, rows: Int64[np.ndarray, " rows"]) -> int:
+        """Return how many labels some rows have that are counted: all but padding."""
+        return counted_labels(len(self.stream), self.seq_len, rows)
 
 
-class _Requests:
-    """A sampler that yields batch requests."""
-
-    def __init__(self, requests: Callable[[], Iterator[BatchRequest]]) -> None:
-        self.requests = requests
-
-    def __iter__(self) -> Iterator[BatchRequest]:
-        return self.requests()
-
-
-class TokenDataModule(pl.LightningDataModule):
+class TokenDataModule(RowDataModule):
     """Packed batches of a corpus for pretraining, each a :class:`Batch`.
 
     Which tokens an optimizer step sees depends on the seed and the tokens consumed before it, not on ranks,
@@ -172,31 +105,28 @@ class TokenDataModule(pl.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in (("seq_len", seq_len), ("batch_size", batch_size), ("val_batch_size", val_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if seed < 0 or num_workers < 0:
-            raise ValueError(f"seed is {seed} and num_workers {num_workers}, expected 0 or more")
+        super().__init__(
+            seq_len=seq_len,
+            val_fraction=val_fraction,
+            val_batch_size=val_batch_size,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         self.sources = sources
         self.folder = folder
         self.tokenizer_path = tokenizer
         self.vocab_size = vocab_size
-        self.seq_len = seq_len
-        self.val_fraction = val_fraction
-        self.val_batch_size = val_batch_size
         self.fim_rate = fim_rate
         self.mask_documents = mask_documents
         self.on_bad_utf8 = on_bad_utf8
         self.text_key = text_key
-        self.seed = seed
-        self.num_workers = num_workers
         if ramp_multiple is None:
             ramp_multiple = gcd(batch_size, start_batch_size or batch_size)
         self.plan = StepPlan(
             BatchSchedule(batch_size, ramp_tokens, start_batch_size, ramp_multiple), seq_len, total_tokens
         )
-        self.tokens_seen = 0
         self.shards: TokenShards | None = None
 
     def prepare_data(self) -> None:
@@ -243,78 +173,17 @@ class TokenDataModule(pl.LightningDataModule):
         """Bytes of text each token id stands for; special tokens 0. For bits per byte."""
         return self.opened.token_bytes
 
-    def train_dataloader(self) -> BatchLoader:
-        """Return the micro-batches of this rank.
+    def compression_baselines(self) -> dict[str, float]:
+        """Return what general compressors reach on the held-out text; nothing where none was held out."""
+        return compression_baselines(self.folder) if self.val_fraction else {}
 
-        Raises:
-            ValueError: If ranks and accumulation cannot share the rows of a step evenly.
-        """
-        rank, world_size, accumulate = self._layout()
-        plan, schedule = self.plan, self.plan.schedule
-        for name, rows in (("batch_size", schedule.batch_size), ("ramp_multiple", schedule.multiple)):
-            if rows % (world_size * accumulate):
-                raise ValueError(
-                    f"{name} is {rows} rows, expected a multiple of {world_size} ranks times accumulate_grad_batches "
-                    f"{accumulate}"
-                )
-        size = num_full_rows(len(self.opened.train), self.seq_len)
-
-        def requests() -> Iterator[BatchRequest]:
-            for step in plan.steps(self.tokens_seen):
-                for micro in range(accumulate):
-                    positions = micro_batch(
-                        step, self.seq_len, micro=micro, accumulate=accumulate, rank=rank, world_size=world_size
-                    )
-                    rows = row_order(size, positions.start, len(positions), seed=self.seed)
-                    yield BatchRequest(tuple(rows.tolist()), step.rows * self.seq_len)
-
-        return self._loader(self.opened.train, requests, plan.num_steps * accumulate)
-
-    def val_dataloader(self) -> BatchLoader | Sequence[Batch]:
-        """Return the held-out rows of this rank in order; all ranks have as many batches, the last ones padded."""
-        if self.val_fraction == 0:
-            return []
-        rank, world_size, _ = self._layout()
-        tokens, size = len(self.opened.val), self.val_batch_size
-        length = -(-num_rows(tokens, self.seq_len) // (size * world_size))
-
-        def requests() -> Iterator[BatchRequest]:
-            for index in range(length):
-                first = index * world_size * size
-                counted = counted_labels(tokens, self.seq_len, first, first + world_size * size)
-                start = first + rank * size
-                yield BatchRequest(tuple(range(start, start + size)), counted)
-
-        return self._loader(self.opened.val, requests, length)
-
-    def _loader(self, stream: TokenStream, requests: Callable[[], Iterator[BatchRequest]], length: int) -> BatchLoader:
-        manifest = self.opened.manifest
-        batches = PackedBatches(
+    def rows(self, split: SplitName) -> PackedRows:
+        """Return the rows of a split."""
+        stream = self.opened.train if split == "train" else self.opened.val
+        return PackedRows(
             stream,
+            self.opened,
             seq_len=self.seq_len,
-            eos_id=manifest.eos_id,
-            pad_id=manifest.pad_id,
             mask_documents=self.mask_documents,
+            full=split == "train",
         )
-        return BatchLoader(batches, requests, length, self.num_workers)
-
-    def _layout(self) -> tuple[int, int, int]:
-        """Return rank, ranks and accumulation; one process without a trainer."""
-        if self.trainer is None:
-            return 0, 1, 1
-        return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the tokens of the completed optimizer steps; what a step not completed has seen, it sees again."""
-        if self.trainer is None or self.trainer.global_step == 0:
-            return {"tokens_seen": self.tokens_seen}
-        return {"tokens_seen": self.plan.step(self.trainer.global_step).tokens_before}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next iteration begin where the state was taken.
-
-        Raises:
-            ValueError: If no step of this batch schedule begins there.
-        """
-        self.plan.step_at(state_dict["tokens_seen"])
-        self.tokens_seen = state_dict["tokens_seen"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Int64
 
@@ -21,9 +24,9 @@ def num_rows(tokens: int, seq_len: int) -> int:
     return max(0, -(-(tokens - 1) // seq_len))
 
 
-def counted_labels(tokens: int, seq_len: int, start: int, stop: int) -> int:
-    """Return how many labels the rows from ``start`` to before ``stop`` hold, padding excluded."""
-    return max(0, min(stop * seq_len, tokens - 1) - min(start * seq_len, tokens - 1))
+def counted_labels(tokens: int, seq_len: int, rows: Int64[np.ndarray, " rows"]) -> int:
+    """Return how many labels some rows hold, padding excluded."""
+    return int((np.minimum((rows + 1) * seq_len, tokens - 1) - np.minimum(rows * seq_len, tokens - 1)).sum())
 
 
 def read_rows(
@@ -56,3 +59,29 @@ def document_segments(input_ids: Int64[np.ndarray, "rows seq"], eos_id: int) -> 
     ends = input_ids == eos_id
     segments: np.ndarray = np.cumsum(ends, axis=1, dtype=np.int64) - ends
     return segments
+
+
+def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Distribute samples over rows, the longest first, each into the fullest row that has room for it.
+
+    DeepSeek-R1's training packs this way (arXiv:2501.12948v2, appendix B.1). The rows depend on the lengths alone.
+
+    Args:
+        lengths: Positions that each sample takes, at most ``capacity``.
+        capacity: Positions of a row.
+
+    Returns:
+        The numbers of the samples in each row.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # (positions left, row), sorted
+    for sample in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        at = bisect_left(open_rows, (lengths[sample], 0))
+        if at < len(open_rows):
+            room, row = open_rows.pop(at)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(sample)
+        insort(open_rows, (room - lengths[sample], row))
+    return rows

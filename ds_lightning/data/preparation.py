@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -20,20 +19,17 @@ from tokenizers import Tokenizer
 
 from ds_lightning.data.corpus import Corpus, Document, OnBadUtf8
 from ds_lightning.data.shards import (
-    FORMAT_VERSION,
     MANIFEST,
     TOKEN_BYTES,
     TOKENIZER,
     VAL_TEXT,
-    FileFact,
     Manifest,
     Split,
     SplitName,
     eos_and_pad,
-    file_sha256,
     offsets_file,
-    settings_sha256,
     verify_files,
+    write_manifest,
 )
 from ds_lightning.data.tokenizer import (
     FIM_BEGIN,
@@ -110,22 +106,27 @@ def prepare(
         "text_key": text_key,
         "seed": seed,
     }
+    corpus = Corpus(sources, text_key=text_key, on_bad_utf8=on_bad_utf8)
+    return publish(folder, settings, lambda made: _Writer(made, settings, shard_tokens).run(corpus, tokenizer))
+
+
+def publish(folder: Path, settings: dict[str, Any], write: Callable[[Path], Manifest]) -> Manifest:
+    """Return what the same settings made before, or write a temporary folder and rename it when complete.
+
+    Whatever happens, the temporary folder does not stay.
+
+    Raises:
+        ValueError: If ``folder`` was prepared with other settings.
+        OSError: If the file system refuses.
+    """
     if (ready := _reuse(folder, settings)) is not None:
         return ready
-    corpus = Corpus(sources, text_key=text_key, on_bad_utf8=on_bad_utf8)
-    return _publish(folder, settings, corpus, tokenizer, shard_tokens)
-
-
-def _publish(
-    folder: Path, settings: dict[str, Any], corpus: Corpus, tokenizer: str | None, shard_tokens: int
-) -> Manifest:
-    """Write a temporary folder and rename it when complete; whatever happens, it does not stay."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
     try:
         # mkdtemp is private to the user; a prepared corpus has the permissions of any other folder.
         temporary.chmod(folder.parent.stat().st_mode & 0o777)
-        manifest = _Writer(temporary, settings, shard_tokens).run(corpus, tokenizer)
+        manifest = write(temporary)
         try:
             temporary.rename(folder)
         except OSError:
@@ -226,30 +227,17 @@ class _Writer:
             self._write_val_text(unsorted_text)
             unsorted_tokens.unlink()
             unsorted_text.unlink()
-        files = {}
-        for path in sorted(self.folder.iterdir()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            files[path.name] = FileFact(path.stat().st_size, file_sha256(path))
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
+        return write_manifest(
+            self.folder,
             settings=self.settings,
-            settings_sha256=settings_sha256(self.settings),
             dtype=self.dtype.str,
             vocab_size=num_ids(tokenizer),
             eos_id=self.eos_id,
             pad_id=pad_id,
-            tokenizer_sha256=files[TOKENIZER].sha256,
             splits=splits,
             skipped_bad_utf8=corpus.skipped.bad_utf8,
             skipped_empty=corpus.skipped.empty,
-            files=files,
         )
-        with (self.folder / MANIFEST).open("w", encoding="utf-8") as manifest_file:
-            manifest_file.write(manifest.to_json())
-            manifest_file.flush()
-            os.fsync(manifest_file.fileno())
-        return manifest
 
     def _tokenizer(self, corpus: Corpus, path: str | None, progress: Progress) -> Tokenizer:
         if path is None:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import lzma
+import os
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,6 +73,8 @@ class Manifest:
     skipped_bad_utf8: list[str]
     skipped_empty: int
     files: dict[str, FileFact]
+    overlong: int = 0
+    """Conversations longer than a row, cut or skipped; documents have no limit."""
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``."""
@@ -104,6 +107,34 @@ class Manifest:
         if manifest.settings_sha256 != settings_sha256(manifest.settings):
             raise ValueError(f"{path} was altered: its settings no longer have its settings_sha256; prepare it again")
         return manifest
+
+
+def write_manifest(folder: Path, *, settings: dict[str, Any], **facts: Any) -> Manifest:
+    """Synchronise every file of a folder to the disk, and write the manifest that names them last.
+
+    Args:
+        folder: With everything in it, the tokenizer too.
+        settings: What decides the contents.
+        facts: The other fields of :class:`Manifest`.
+    """
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.name] = FileFact(path.stat().st_size, file_sha256(path))
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        settings=settings,
+        settings_sha256=settings_sha256(settings),
+        tokenizer_sha256=files[TOKENIZER].sha256,
+        files=files,
+        **facts,
+    )
+    with (folder / MANIFEST).open("w", encoding="utf-8") as manifest_file:
+        manifest_file.write(manifest.to_json())
+        manifest_file.flush()
+        os.fsync(manifest_file.fileno())
+    return manifest
 
 
 class TokenStream:

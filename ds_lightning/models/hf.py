@@ -23,7 +23,14 @@ from torch import Tensor
 
 from ds_lightning.config import DeepSeekConfig
 from ds_lightning.models.deepseek import DeepSeek
-from ds_lightning.models.hf_config import as_json, config_values, read_config, read_json_object, tokenizer_files
+from ds_lightning.models.hf_config import (
+    CHAT_TEMPLATE,
+    as_json,
+    config_values,
+    read_config,
+    read_json_object,
+    tokenizer_files,
+)
 from ds_lightning.nn.moe import Router
 from ds_lightning.ops.fp8 import dequantize_blocks, scale_shape
 
@@ -55,7 +62,7 @@ def save_hf(
     Args:
         model: What to write, on any device.
         folder: Where to; made, with its parents.
-        tokenizer_file: A ``tokenizer.json`` to put beside the weights.
+        tokenizer_file: A ``tokenizer.json`` to put beside the weights, with the ``chat_template.jinja`` in its folder.
         dtype: Of the weights on disk; none: as they are. The selection bias is fp32 always.
         max_shard_bytes: Largest file of weights, unless one tensor is larger.
         eos_token_id: Token that ends a generated text.
@@ -199,7 +206,7 @@ def _check_target(folder: Path, config: DeepSeekConfig, overwrite: bool) -> None
     if not overwrite:
         raise ValueError(f"{folder} is not empty ({names[0]}), expected a new folder; overwrite replaces an export")
     own = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", _WEIGHTS, _INDEX}
-    own |= {"special_tokens_map.json"}
+    own |= {"special_tokens_map.json", CHAT_TEMPLATE}
     foreign = [name for name in names if name not in own and not _is_shard(name)]
     if foreign or "config.json" not in names:
         what = f"{foreign[0]}, which no export writes" if foreign else "no config.json"

@@ -14,6 +14,8 @@ from ds_lightning.ops.rope import yarn_temperature
 OWN_MODEL_TYPE = "ds_lightning"
 """``model_type`` of a model that no Hugging Face class computes: other readers refuse it, rather than run another."""
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
 _READABLE = ("deepseek_v3", "deepseek_v2", "kimi_k2", OWN_MODEL_TYPE)
 _ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -119,7 +121,8 @@ def tokenizer_files(
 ) -> dict[str, str]:
     """Return the texts of the files with which ``AutoTokenizer`` rebuilds the tokenizer in ``tokenizer.json``.
 
-    Text that spells a special token encodes to it there, as chat templates need; everything else encodes as here.
+    A ``chat_template.jinja`` beside it is among them; ``apply_chat_template`` reads it. Text that spells a special
+    token encodes to it there, as chat templates need; everything else encodes as here.
 
     Raises:
         ValueError: If it is no tokenizer, has more ids than the model has embeddings, or lacks a special id.
@@ -147,7 +150,10 @@ def tokenizer_files(
         "model_max_length": config.max_position_embeddings,
         **named,
     }
+    template = path.with_name(CHAT_TEMPLATE)
+    chat = {CHAT_TEMPLATE: template.read_text(encoding="utf-8")} if template.is_file() else {}
     return {
+        **chat,
         "tokenizer.json": path.read_text(encoding="utf-8"),
         "tokenizer_config.json": as_json(settings),
         "special_tokens_map.json": as_json(named),

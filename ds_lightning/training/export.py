@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ds_lightning.config import DeepSeekConfig, RopeScaling
+from ds_lightning.data import Manifest
 from ds_lightning.flops import param_count
 from ds_lightning.models import DeepSeek
 from ds_lightning.models.hf import load_hf, save_hf
@@ -19,7 +20,8 @@ def export_checkpoint(path: Path, folder: Path, *, tokenizer_file: Path | None =
     Args:
         path: Folder of a run (its newest valid checkpoint), or one of its checkpoints.
         folder: Where to write.
-        tokenizer_file: A ``tokenizer.json``; none: that of the run's token shards.
+        tokenizer_file: A ``tokenizer.json``, a ``chat_template.jinja`` beside it if there is one; none: that of the
+            run's data, whose end-of-text and padding tokens are then named.
         overwrite: Replace an earlier export.
 
     Returns:
@@ -34,16 +36,19 @@ def export_checkpoint(path: Path, folder: Path, *, tokenizer_file: Path | None =
     data = value_at(config, "data.init_args.folder")
     if not isinstance(fields, dict) or not isinstance(data, str):
         raise ValueError(f"{run_dir / CONFIG} lacks model.init_args.config or data.init_args.folder, expected a run's")
+    own = tokenizer_file is None
     tokenizer_file = tokenizer_file or Path(data) / "tokenizer.json"
     if not tokenizer_file.is_file():
         raise ValueError(f"{tokenizer_file} is missing, expected the run's tokenizer: name it with --tokenizer")
+    manifest = Manifest.read(data) if own else None
+    eos_id, pad_id = (manifest.eos_id, manifest.pad_id) if manifest else (None, None)
     state = torch.load(path / checkpoint.STATE, map_location="cpu", weights_only=True)["state_dict"]
     try:
         model = build_model(fields, state)
     except (RuntimeError, TypeError) as error:  # of the state and of the fields
         mismatch = str(error).splitlines()[-1].strip()
         raise ValueError(f"{run_dir / CONFIG} does not describe the weights of {path}: {mismatch}") from None
-    save_hf(model, folder, tokenizer_file=tokenizer_file, overwrite=overwrite)
+    save_hf(model, folder, tokenizer_file=tokenizer_file, eos_token_id=eos_id, pad_token_id=pad_id, overwrite=overwrite)
     return path
 
 

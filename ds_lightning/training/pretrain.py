@@ -1,5 +1,7 @@
-"""Pretraining: the next-token objective around the model, as a LightningModule."""
+"""Pretraining and fine-tuning: the next-token objective around the model, as a LightningModule."""
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -9,24 +11,32 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ds_lightning.config import DeepSeekConfig
+from ds_lightning.data import load_tokenizer
 from ds_lightning.losses.load_balance import bias_update, expert_load, sequence_balance_loss
 from ds_lightning.losses.next_token import IGNORE, mtp_labels, next_token_loss
 from ds_lightning.models import DeepSeek
+from ds_lightning.models.hf import load_hf
 from ds_lightning.nn.moe import Router
 from ds_lightning.ops.topk_gate import Gate
 from ds_lightning.optim import Schedule, WarmupStableDecay, build_optimizer
 from ds_lightning.training.metrics import LanguageModelMetrics
 
+_CHANGEABLE = {"initializer_range", "max_position_embeddings", "rope_scaling"}
+"""Fields in which a run may differ from the weights that it starts from: no tensor has another shape or meaning."""
+
 
 class PretrainModule(pl.LightningModule):
-    """Train a DeepSeek model to predict the next tokens.
+    """Train a DeepSeek model to predict the next tokens: all of them in pretraining, those of answers in fine-tuning.
 
-    The loss of a step is the mean over the counted tokens of the whole global batch: each micro-batch brings its sum
-    divided by that number, so accumulation and ranks change nothing but rounding.
+    The loss of a step is the mean over the counted labels of the whole global batch: each micro-batch brings its sum
+    divided by that number, so accumulation and ranks change nothing but rounding. Padding, which fine-tuning has, is
+    not counted in the load of experts.
 
     Args:
         config: Shape of the model.
-        total_tokens: Planned tokens; schedules run over them.
+        total_tokens: Planned tokens; schedules run over them. None: as many as the data plan, which count in epochs.
+        weights: Folder in Hugging Face layout to start from, safetensors only; none: random weights. A run that goes on
+            from a checkpoint does not read it.
         optimizer: AdamW for all, or Muon for the matrices of hidden layers.
         lr: Peak learning rate.
         lr_schedule: Factor on it as a function of progress; none: a short warm-up and a linear fall at the end.
@@ -49,7 +59,8 @@ class PretrainModule(pl.LightningModule):
     def __init__(
         self,
         config: DeepSeekConfig,
-        total_tokens: int,
+        total_tokens: int | None = None,
+        weights: str | None = None,
         optimizer: Literal["adamw", "muon"] = "adamw",
         lr: float = 3e-4,
         lr_schedule: Schedule | None = None,
@@ -63,10 +74,11 @@ class PretrainModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         for name, value in (("total_tokens", total_tokens), ("lr", lr)):
-            if value <= 0:
+            if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, expected more than 0")
         self.config = config
         self.total_tokens = total_tokens
+        self.weights = weights
         self.optimizer = optimizer
         self.lr = lr
         self.lr_schedule = lr_schedule or WarmupStableDecay()
@@ -88,26 +100,43 @@ class PretrainModule(pl.LightningModule):
     @property
     def progress(self) -> float:
         """Share of the run that is done, in [0, 1]: of its tokens or of its budget, whichever is further."""
+        assert self.total_tokens is not None, "setup() takes the data's"
         return min(max(self.tokens_seen / self.total_tokens, self.budget_progress), 1.0)
 
     def setup(self, stage: str) -> None:
-        """Check that the model has a row for every token of the data.
+        """Take the data's number of tokens where none is given, and check that the model knows the data's tokenizer.
 
         Raises:
-            ValueError: If it has not.
+            ValueError: If it does not.
         """
         datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if self.total_tokens is None:
+            self.total_tokens = datamodule.plan.total_tokens
         shards = getattr(datamodule, "shards", None)
         if shards is not None and shards.manifest.vocab_size > self.config.vocab_size:
             raise ValueError(
                 f"the tokenizer in {datamodule.folder} has {shards.manifest.vocab_size} ids, the model's vocab_size is "
                 f"{self.config.vocab_size}, expected at least as many: set the model's to the tokenizer's"
             )
+        beside = None if self.weights is None else Path(self.weights) / "tokenizer.json"
+        if shards is not None and beside is not None and beside.is_file():
+            ours, theirs = shards.tokenizer.get_vocab(), load_tokenizer(beside).get_vocab()
+            if ours != theirs:
+                raise ValueError(
+                    f"the tokenizer in {datamodule.folder} gives {len(ours.items() - theirs.items())} of {len(ours)} "
+                    f"tokens other ids than {beside}, expected the tokenizer that the weights were trained with"
+                )
 
     def configure_model(self) -> None:
-        """Build the model, where the strategy wants it."""
+        """Build the model, where the strategy wants it.
+
+        Raises:
+            ValueError: If the weights to start from are damaged, or those of a model with another shape.
+        """
         if self.model is None:
             self.model = DeepSeek(self.config)
+            if self.weights is not None and self.trainer.ckpt_path is None:
+                self._load_weights(self.weights)
             self.model.recompute = self.recompute
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -115,6 +144,7 @@ class PretrainModule(pl.LightningModule):
         model, gates = self._built, list[Gate]()
         input_ids, labels = batch["input_ids"], batch["labels"]
         segments = batch.get("segment_ids")
+        step_tokens, step_labels = int(batch["step_tokens"]), int(batch["step_labels"])
         hidden = model(input_ids, segment_ids=segments, gates=gates)
         nll = next_token_loss(hidden, model.lm_head.weight, labels)
         loss = nll
@@ -124,14 +154,15 @@ class PretrainModule(pl.LightningModule):
             for depth, state in enumerate(states, start=1):
                 loss = loss + weight * next_token_loss(state, model.lm_head.weight, mtp_labels(labels, depth))
         if gates:
-            self._count_load(gates)
+            self._count_load(gates, segments)
             if self.balance_loss_alpha:
                 seq_len, topk = input_ids.shape[1], self.config.num_experts_per_tok
                 balance = sum(sequence_balance_loss(gate.scores, topk, seq_len=seq_len) for gate in gates)
-                loss = loss + self.balance_loss_alpha * seq_len * balance
-        self._step_tokens = int(batch["step_tokens"])
+                # Its mean is over all tokens; what is divided by below are the labels.
+                loss = loss + self.balance_loss_alpha * (seq_len * step_labels / step_tokens) * balance
+        self._step_tokens = step_tokens
         # Lightning divides by the accumulation and takes the mean over ranks; the sum over both is wanted.
-        share = self.trainer.accumulate_grad_batches * self.trainer.world_size / self._step_tokens
+        share = self.trainer.accumulate_grad_batches * self.trainer.world_size / step_labels
         self.log("train/loss", nll.detach() * share, prog_bar=True, sync_dist=True)
         return loss * share
 
@@ -212,13 +243,25 @@ class PretrainModule(pl.LightningModule):
         assert self.model is not None, "configure_model() builds the model"
         return self.model
 
+    def _load_weights(self, folder: str) -> None:
+        source = load_hf(folder)
+        theirs, ours = asdict(source.config), asdict(self.config)
+        for name in ours:
+            if name not in _CHANGEABLE and theirs[name] != ours[name]:
+                raise ValueError(
+                    f"{folder} holds a model with {name} {theirs[name]}, the run's config has {ours[name]}, expected "
+                    "equal shapes: set the config to that of the weights"
+                )
+        self._built.load_state_dict(source.state_dict())
+
     def _now(self, value: float | Schedule) -> float:
         return value(self.progress) if isinstance(value, Schedule) else value
 
     @torch.no_grad()
-    def _count_load(self, gates: list[Gate]) -> None:
+    def _count_load(self, gates: list[Gate], segments: Tensor | None) -> None:
         experts = self.config.n_routed_experts
-        load = torch.stack([expert_load(gate.indices, experts) for gate in gates])
+        chosen = [gate.indices if segments is None else gate.indices[segments.flatten() >= 0] for gate in gates]
+        load = torch.stack([expert_load(indices, experts) for indices in chosen])
         self.expert_load = load if self.expert_load is None else self.expert_load + load
 
     def _token_bytes(self) -> Any:

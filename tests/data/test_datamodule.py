@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from ds_lightning.data import TokenDataModule
-from ds_lightning.data.datamodule import BatchLoader
+from ds_lightning.data.batches import BatchLoader
 from ds_lightning.data.sampler import row_order
 
 SEQ = 8
@@ -70,7 +70,8 @@ def steps_of(corpus: Path, world_size: int, accumulate: int, **changes: Any) -> 
     steps = []
     for start in range(0, len(ranks[0]), accumulate):
         batches = [ranks[rank][start + micro] for micro in range(accumulate) for rank in range(world_size)]
-        assert len({batch["step_tokens"] for batch in batches}) == 1
+        assert len({(batch["step_tokens"], batch["step_labels"]) for batch in batches}) == 1
+        assert sum(int((batch["labels"] != -100).sum()) for batch in batches) == batches[0]["step_labels"]
         rows = torch.cat([torch.cat([batch["input_ids"], batch["labels"][:, -1:]], 1) for batch in batches])
         steps.append((batches[0]["step_tokens"], rows.tolist()))
     return steps
@@ -156,7 +157,8 @@ def test_validation_predicts_every_held_out_token_but_the_first_once(
     assert labels[labels != -100].tolist() == val.read(1, len(val)).tolist()
     for batches in zip(*ranks, strict=True):
         counted = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-        assert [batch["step_tokens"] for batch in batches] == [counted] * world_size
+        assert [batch["step_labels"] for batch in batches] == [counted] * world_size
+        assert [batch["step_tokens"] for batch in batches] == [world_size * batches[0]["labels"].numel()] * world_size
 
 
 def test_the_bytes_of_the_labels_are_those_of_the_held_out_text(corpus: Path) -> None:
