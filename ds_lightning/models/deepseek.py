@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_lightning.config import DeepSeekConfig
 from ds_lightning.models.init import init_weights
-from ds_lightning.nn.attention import MLA
+from ds_lightning.nn.attention import MLA, Absorbed
 from ds_lightning.nn.linear import Linear
 from ds_lightning.nn.mlp import MLP
 from ds_lightning.nn.moe import DeepSeekMoE
@@ -33,12 +33,34 @@ class Block(nn.Module):
         cos: Float[Tensor, "seq pairs"],
         sin: Float[Tensor, "seq pairs"],
         segment_ids: Int[Tensor, "batch seq"] | None = None,
+        routing: Int[Tensor, "batch seq topk"] | None = None,
+        latents: list[Tensor] | None = None,
     ) -> tuple[Float[Tensor, "batch seq hidden"], Gate | None]:
         """Return the new residual stream, and the router's decisions where the layer has experts."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segment_ids)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segment_ids, latents)
         out, gate = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, DeepSeekMoE):
-            out, gate = self.mlp(out)
+            out, gate = self.mlp(out, routing)
+        else:
+            out = self.mlp(out)
+        return x + out, gate
+
+    def decode(
+        self,
+        x: Float[Tensor, "rows hidden"],
+        cos: Float[Tensor, "rows pairs"],
+        sin: Float[Tensor, "rows pairs"],
+        cache: Float[Tensor, "rows seq latent"],
+        positions: Int[Tensor, " rows"],
+        bias: Float[Tensor, "rows seq"],
+        absorbed: Absorbed,
+    ) -> tuple[Float[Tensor, "rows hidden"], Gate | None]:
+        """Do the same for one new token a row, whose past is in the cache; arguments as :meth:`MLA.decode`."""
+        x = x + self.self_attn.decode(self.input_layernorm(x), cos, sin, cache, positions, bias, absorbed)
+        out, gate = self.post_attention_layernorm(x), None
+        if isinstance(self.mlp, DeepSeekMoE):
+            out, gate = self.mlp(out[None], decoding=True)
+            out = out[0]
         else:
             out = self.mlp(out)
         return x + out, gate
@@ -104,6 +126,8 @@ class DeepSeek(nn.Module):
         *,
         segment_ids: Int[Tensor, "batch seq"] | None = None,
         gates: list[Gate] | None = None,
+        routing: Int[Tensor, "moe_layers batch seq topk"] | None = None,
+        latents: list[Tensor] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """Return the normalised hidden state from which the head predicts the next token.
 
@@ -111,14 +135,20 @@ class DeepSeek(nn.Module):
             input_ids: Tokens.
             segment_ids: Document of each position, to keep attention within documents.
             gates: Where given, the router's decisions of every expert layer are appended in order.
+            routing: Experts that each token takes in every expert layer, as an earlier forward chose them: a choice
+                is replayed, its gate values are computed anew. -1: the router chooses.
+            latents: Where given, what decoding needs of each position is appended, a tensor a layer; without gradient.
 
         Raises:
-            ValueError: If the sequence is longer than ``max_position_embeddings``.
+            ValueError: If the sequence is longer than ``max_position_embeddings``, or ``routing`` has another number
+                of layers than the model has with experts.
         """
-        cos, sin = self._rope_tables(input_ids)
+        cos, sin = self.rope_tables(input_ids.shape[1], input_ids.device)
+        assert latents is None or not torch.is_grad_enabled()
+        replayed = self._replayed(routing)
         x = self.embed_tokens(input_ids)
-        for block in self.layers:
-            x = self._run(block, x, cos, sin, segment_ids, gates)
+        for block, chosen in zip(self.layers, replayed, strict=True):
+            x = self._run(block, x, cos, sin, segment_ids, gates, chosen, latents)
         normalised: Tensor = self.norm(x)
         return normalised
 
@@ -135,7 +165,7 @@ class DeepSeek(nn.Module):
         Position t of depth k sees the tokens up to t + k. The last k positions of a row have no such token; they see
         the row's first ones instead and predict nothing that counts.
         """
-        cos, sin = self._rope_tables(input_ids)
+        cos, sin = self.rope_tables(input_ids.shape[1], input_ids.device)
         states = []
         for depth, module in enumerate(self.mtp, start=1):
             assert isinstance(module, MTP)
@@ -158,25 +188,46 @@ class DeepSeek(nn.Module):
         sin: Tensor,
         segment_ids: Tensor | None,
         gates: list[Gate] | None,
+        routing: Tensor | None = None,
+        latents: list[Tensor] | None = None,
     ) -> Tensor:
         """Run a block and note its routing once, also where the backward pass runs it again."""
         if self.recompute and torch.is_grad_enabled():
-            x, gate = checkpoint(block, x, cos, sin, segment_ids, use_reentrant=False)
+            x, gate = checkpoint(block, x, cos, sin, segment_ids, routing, use_reentrant=False)
         else:
-            x, gate = block(x, cos, sin, segment_ids)
+            x, gate = block(x, cos, sin, segment_ids, routing, latents)
         if gates is not None and gate is not None:
             gates.append(gate)
         return x
 
-    def _rope_tables(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return exact tables for this length: no buffer, so that no strategy rounds or shards them."""
-        config, length = self.config, input_ids.shape[1]
+    def _replayed(self, routing: Tensor | None) -> list[Tensor | None]:
+        """Return what each block is to replay."""
+        with_experts = [self.config.is_moe_layer(layer) for layer in range(len(self.layers))]
+        if routing is None:
+            return [None] * len(self.layers)
+        if len(routing) != sum(with_experts):
+            raise ValueError(
+                f"routing has {len(routing)} layers, expected {sum(with_experts)}: one for each layer with experts"
+            )
+        chosen = iter(routing)
+        return [next(chosen) if is_moe else None for is_moe in with_experts]
+
+    def rope_tables(
+        self, length: int, device: torch.device
+    ) -> tuple[Float[Tensor, "seq pairs"], Float[Tensor, "seq pairs"]]:
+        """Return exact rotary tables for this length: no buffer, so that no strategy rounds or shards them.
+
+        Raises:
+            ValueError: If the length is more than ``max_position_embeddings``.
+        """
+        config = self.config
         if length > config.max_position_embeddings:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than max_position_embeddings "
                 f"({config.max_position_embeddings}): shorten seq_len or extend the context"
             )
-        if self._rope is None or self._rope[0].device != input_ids.device or self._rope[0].shape[0] < length:
-            tables = rope_tables(config.qk_rope_head_dim, length, config.rope_theta, config.rope_scaling)
-            self._rope = (tables[0].to(input_ids.device), tables[1].to(input_ids.device))
+        if self._rope is None or self._rope[0].device != device or self._rope[0].shape[0] < length:
+            with torch.inference_mode(mode=False):  # training uses them too
+                tables = rope_tables(config.qk_rope_head_dim, length, config.rope_theta, config.rope_scaling)
+                self._rope = (tables[0].to(device), tables[1].to(device))
         return self._rope[0][:length], self._rope[1][:length]

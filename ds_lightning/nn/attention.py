@@ -1,4 +1,6 @@
-"""Multi-head latent attention (MLA), the form used in training."""
+"""Multi-head latent attention (MLA): the form used in training, and the absorbed form that decodes from latents."""
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -8,7 +10,15 @@ from ds_lightning.config import DeepSeekConfig
 from ds_lightning.nn.linear import Linear
 from ds_lightning.nn.norm import RMSNorm
 from ds_lightning.ops.attention import causal_attention
+from ds_lightning.ops.latent_attention import latent_attention
 from ds_lightning.ops.rope import apply_rope, yarn_temperature
+
+
+class Absorbed(NamedTuple):
+    """The two halves of ``kv_b_proj``, as factors of queries and outputs instead of keys and values."""
+
+    key: Float[Tensor, "heads nope kv_rank"]
+    value: Float[Tensor, "heads kv_rank v_dim"]
 
 
 class MLA(nn.Module):
@@ -44,19 +54,26 @@ class MLA(nn.Module):
         cos: Float[Tensor, "seq pairs"],
         sin: Float[Tensor, "seq pairs"],
         segment_ids: Int[Tensor, "batch seq"] | None = None,
+        latents: list[Tensor] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Attend from each position to those before it, within its document where ``segment_ids`` are given."""
+        """Attend from each position to those before it, within its document where ``segment_ids`` are given.
+
+        Where ``latents`` are given, what :meth:`decode` needs of each position is appended: its normalised latent and
+        its rotated key, [batch seq kv_rank+rope].
+        """
         config = self.config
-        query = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))  # [batch seq heads nope+rope]
-        q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
+        q_nope, q_rope = self._queries(x)
 
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
-        key_value = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (config.num_attention_heads, -1))
+        latent = self.kv_a_layernorm(latent)
+        key_value = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
         k_nope, value = key_value.split((config.qk_nope_head_dim, config.v_head_dim), -1)
 
         q_rope = apply_rope(q_rope, cos, sin)
-        k_rope = apply_rope(k_rope.unsqueeze(-2), cos, sin).expand(-1, -1, config.num_attention_heads, -1)
+        k_rope = apply_rope(k_rope.unsqueeze(-2), cos, sin)
+        if latents is not None:
+            latents.append(torch.cat((latent, k_rope.squeeze(-2)), -1))
+        k_rope = k_rope.expand(-1, -1, config.num_attention_heads, -1)
         out = causal_attention(
             torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), -1),  # [batch heads seq nope+rope]
             torch.cat((k_nope.transpose(1, 2), k_rope.transpose(1, 2)), -1),
@@ -66,3 +83,62 @@ class MLA(nn.Module):
         )
         mixed: Tensor = self.o_proj(out.transpose(1, 2).flatten(-2))
         return mixed
+
+    def absorb(self) -> Absorbed:
+        """Return the weights of :meth:`decode` that no module holds in that form.
+
+        They are read off the projection of the identity: exact, in the precision that products run in, and right
+        under a strategy that brings a module's weights together only while it runs.
+        """
+        config, weight = self.config, self.kv_b_proj.weight
+        identity = torch.eye(config.kv_lora_rank, dtype=weight.dtype, device=weight.device)
+        columns = self.kv_b_proj(identity).unflatten(-1, (config.num_attention_heads, -1))  # [kv_rank heads nope+v_dim]
+        key, value = columns.split((config.qk_nope_head_dim, config.v_head_dim), -1)
+        return Absorbed(key.permute(1, 2, 0).contiguous(), value.transpose(0, 1).contiguous())
+
+    def decode(
+        self,
+        x: Float[Tensor, "rows hidden"],
+        cos: Float[Tensor, "rows pairs"],
+        sin: Float[Tensor, "rows pairs"],
+        cache: Float[Tensor, "rows seq latent"],
+        positions: Int[Tensor, " rows"],
+        bias: Float[Tensor, "rows seq"],
+        absorbed: Absorbed,
+    ) -> Float[Tensor, "rows hidden"]:
+        """Attend from one new token a row to the latents of that row; keys and values are never made.
+
+        DeepSeek-V2 (arXiv:2405.04434, section 2.1.2): the key half of ``kv_b_proj`` is absorbed into the query and its
+        value half into the output, so that all heads read one cache of ``kv_lora_rank + qk_rope_head_dim`` numbers a
+        token. Equals :meth:`forward` at the row's last position, but for rounding.
+
+        Args:
+            x: Normalised input of the new tokens.
+            cos: Rotary table at each row's position.
+            sin: The same.
+            cache: What :meth:`forward` appends to ``latents``; the new token's entry is written at ``positions``.
+            positions: Index of the new token in its row.
+            bias: Zero where a row may look, minus infinity behind its new token.
+            absorbed: From :meth:`absorb`.
+        """
+        config = self.config
+        q_nope, q_rope = self._queries(x)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
+        rotary = torch.cat((q_rope, k_rope.unsqueeze(-2)), -2)  # [rows heads+1 rope]
+        q_rope, k_rope = apply_rope(rotary[None], cos, sin)[0].split((config.num_attention_heads, 1), -2)
+        entry = torch.cat((self.kv_a_layernorm(latent), k_rope.squeeze(-2)), -1)
+        cache[torch.arange(len(x), device=x.device), positions] = entry.to(cache.dtype)
+
+        q_latent = torch.bmm(q_nope.transpose(0, 1), absorbed.key).transpose(0, 1)  # [rows heads kv_rank]
+        query = torch.cat((q_latent, q_rope.to(q_latent.dtype)), -1)
+        mixed = latent_attention(query, cache, bias, kv_rank=config.kv_lora_rank, scale=self.scale)
+        out: Tensor = self.o_proj(torch.bmm(mixed.transpose(0, 1), absorbed.value).transpose(0, 1).flatten(-2))
+        return out
+
+    def _queries(self, x: Float[Tensor, "... hidden"]) -> tuple[Tensor, Tensor]:
+        """Return the content part [... heads nope] and the position part [... heads rope] of the queries."""
+        config = self.config
+        query = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+        q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
+        return q_nope, q_rope

@@ -1,13 +1,13 @@
 """DeepSeekMoE: a router, many small routed experts, and shared experts that every token visits."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ds_lightning.config import DeepSeekConfig
 from ds_lightning.nn.mlp import MLP
-from ds_lightning.ops.experts import routed_experts
+from ds_lightning.ops.experts import few_tokens, routed_experts
 from ds_lightning.ops.topk_gate import Gate, topk_gate
 
 
@@ -29,8 +29,8 @@ class Router(nn.Module):
         bias = torch.zeros(config.n_routed_experts) if config.topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x: Float[Tensor, "tokens hidden"]) -> Gate:
-        """Return gate values and experts of each token."""
+    def forward(self, x: Float[Tensor, "tokens hidden"], replay: Int[Tensor, "tokens topk"] | None = None) -> Gate:
+        """Return gate values and experts of each token; of those in ``replay`` that are not -1, the gate values."""
         config = self.config
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
@@ -43,6 +43,7 @@ class Router(nn.Module):
                 scoring_func=config.scoring_func,
                 norm_topk_prob=config.norm_topk_prob,
                 routed_scaling_factor=config.routed_scaling_factor,
+                replay=replay,
             )
 
 
@@ -55,9 +56,12 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * ffn, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, ffn))
 
-    def forward(self, x: Float[Tensor, "tokens hidden"], gate: Gate) -> Float[Tensor, "tokens hidden"]:
-        """Return the gated sum of each token's experts."""
-        return routed_experts(x, gate.indices, gate.weights, self.gate_up_proj, self.down_proj)
+    def forward(
+        self, x: Float[Tensor, "tokens hidden"], gate: Gate, *, decoding: bool = False
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Return the gated sum of each token's experts; ``decoding``: without gradient, in the form for few tokens."""
+        form = few_tokens if decoding else routed_experts
+        return form(x, gate.indices, gate.weights, self.gate_up_proj, self.down_proj)
 
 
 class DeepSeekMoE(nn.Module):
@@ -71,11 +75,23 @@ class DeepSeekMoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
 
-    def forward(self, x: Float[Tensor, "batch seq hidden"]) -> tuple[Float[Tensor, "batch seq hidden"], Gate]:
-        """Return the sum of routed and shared experts, and what the router decided."""
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        routing: Int[Tensor, "batch seq topk"] | None = None,
+        *,
+        decoding: bool = False,
+    ) -> tuple[Float[Tensor, "batch seq hidden"], Gate]:
+        """Return the sum of routed and shared experts, and what the router decided.
+
+        Args:
+            x: Normalised input.
+            routing: Experts to take instead of the router's choice; -1: its choice.
+            decoding: Compute in the form for few tokens and no gradient.
+        """
         tokens = x.flatten(0, 1)
-        gate: Gate = self.gate(tokens)
-        out = self.experts(tokens, gate).view_as(x)
+        gate: Gate = self.gate(tokens, None if routing is None else routing.flatten(0, 1))
+        out = self.experts(tokens, gate, decoding=decoding).view_as(x)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
         return out, gate

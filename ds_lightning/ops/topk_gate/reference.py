@@ -28,6 +28,7 @@ def topk_gate(
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid",
     norm_topk_prob: bool = True,
     routed_scaling_factor: float = 1.0,
+    replay: Int[Tensor, "tokens topk"] | None = None,
 ) -> Gate:
     """Choose the experts of each token and their gate values.
 
@@ -45,6 +46,8 @@ def topk_gate(
         scoring_func: Affinity function.
         norm_topk_prob: Divide the gate values of a token by their sum.
         routed_scaling_factor: Factor on the gate values.
+        replay: Experts to take instead of choosing; -1: choose. Gate values are those of the scores at hand, so that
+            the gradient flows as it does through a choice of one's own.
 
     Numerics: fp32 or wider. No token is dropped.
     """
@@ -58,6 +61,8 @@ def topk_gate(
         allowed.scatter_(-1, group_scores.topk(topk_group, -1).indices, value=True)
         choice = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
     indices = choice.topk(topk, -1).indices
+    if replay is not None:
+        indices = torch.where(replay < 0, indices, replay.to(indices.dtype))
     weights = scores.gather(-1, indices)
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
