@@ -58,12 +58,12 @@ def policy_loss(
         epsilon_high: How far it may rise above 1; None: as ``epsilon``. R1 uses 10.
         delta: Upper bound of ratios whatever the sign of the advantage; None: none. Above ``1 + epsilon_high``.
         beta: Weight of the KL term, which needs ``ref_logprobs``.
-        rollout_cap: Upper bound C of the importance weight ``exp(old - rollout)``.
+        rollout_cap: Upper bound of the weight that corrects for the sampler (truncated importance sampling).
         old_logprobs: Under the weights that sampled, by the training code; None: the weights are the same
             (strictly on-policy), the ratio is 1 with a gradient.
         ref_logprobs: Under the reference policy.
-        rollout_logprobs: As the sampler reported them; given, they correct what it computes differently by truncated
-            importance sampling (Off-Policy RL with truncated importance sampling, DAPO-style).
+        rollout_logprobs: As the sampler reported them; given, each token's term is weighted by
+            ``min(exp(old - rollout), rollout_cap)``, which corrects what the sampler computes differently.
         entropy: Of each token's distribution, for the metric only.
 
     Returns:
@@ -77,7 +77,7 @@ def policy_loss(
     """
     high = _checked_bounds(epsilon, epsilon_high, delta, beta, rollout_cap, ref_logprobs)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
-    weights = _token_weights(mask, totals, normalise).to(logprobs.dtype)
+    weights = _token_weights(mask.to(logprobs.dtype), totals, normalise)
     log_ratio = (logprobs - old).masked_fill(~mask, 0)
     if ratio_level == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
