@@ -12,22 +12,6 @@ STD_OFFSET = 1e-4
 ScaleRewards = Literal["group", "batch", "none"]
 
 
-def total_reward(
-    per_reward: Float[Tensor, "samples rewards"], weights: Float[Tensor, " rewards"]
-) -> Float[Tensor, " samples"]:
-    """Return the weighted sum of each sample's rewards.
-
-    Args:
-        per_reward: NaN where a reward does not apply; it counts nothing then.
-        weights: One a reward.
-
-    Returns:
-        NaN for a sample to which no reward applies.
-    """
-    total = (per_reward * weights).nansum(-1)
-    return total.masked_fill(per_reward.isnan().all(-1), torch.nan)
-
-
 def group_advantages(
     rewards: Float[Tensor, " samples"], group_size: int, *, scale_rewards: ScaleRewards = "group"
 ) -> tuple[Float[Tensor, " samples"], dict[str, Tensor]]:

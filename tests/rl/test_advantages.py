@@ -14,7 +14,6 @@ from ds_lightning.rl.advantages import (
     ScaleRewards,
     group_advantages,
     overlong_penalty,
-    total_reward,
     useful_groups,
 )
 
@@ -62,13 +61,6 @@ def test_equal_rewards_give_no_advantage() -> None:
 def test_useful_groups_are_those_whose_rewards_differ() -> None:
     rewards = torch.tensor([1.0, 1, 1, 0, 1, 0, NAN, 1, 0, NAN, NAN, NAN, NAN, 0.5, 0.5])
     assert useful_groups(rewards, 3).tolist() == [False, True, True, False, False]
-
-
-def test_the_total_is_the_weighted_sum_of_what_applies() -> None:
-    per_reward = torch.tensor([[1.0, 2.0], [NAN, 2.0], [NAN, NAN]])
-    total = total_reward(per_reward, torch.tensor([0.5, 2.0]))
-    assert total[:2].tolist() == [4.5, 4.0]
-    assert total[2].isnan()
 
 
 @pytest.mark.parametrize(
