@@ -201,10 +201,13 @@ def test_a_forked_worker_does_not_hold_the_lock_of_a_dead_run(tmp_path: Path) ->
     path = tmp_path / "ledger.jsonl"
     code = """
         import os
+        reader, writer = os.pipe()
         if os.fork() == 0:
             os.close(1)
+            os.write(writer, b"forked")
             time.sleep(2)
             os._exit(0)
+        os.read(reader, 1)
         os.kill(os.getpid(), 9)
     """
     process = child(path, code)

@@ -26,6 +26,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def straight(folder: Path) -> Run:
+    return Run(folder, config(), "straight").attempt()
+
+
 def _wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
@@ -43,8 +48,7 @@ def _in_training(folder: Path, name: str, sleep: float) -> "tuple[Run, subproces
     return run, process
 
 
-def test_one_ctrl_c_stops_with_a_checkpoint_and_goes_on_from_it(folder: Path) -> None:
-    straight = Run(folder, config(), "straight").attempt()
+def test_one_ctrl_c_stops_with_a_checkpoint_and_goes_on_from_it(folder: Path, straight: Run) -> None:
     run, process = _in_training(folder, "once", sleep=2)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -74,8 +78,8 @@ def test_a_second_ctrl_c_ends_the_run_at_once_in_one_line(folder: Path) -> None:
     assert run.ledger()["chain"] == "ok"
 
 
-def test_the_budget_ends_the_run_with_its_report(folder: Path) -> None:
-    seconds = 25.0
+def test_the_budget_ends_the_run_with_its_report(folder: Path, straight: Run) -> None:
+    seconds = straight.attempts[0].seconds + 10  # time to start on this machine, and to train
     settings = config(
         model__init_args__total_tokens=10**8, budget__hours=seconds / 3600, checkpoints__every_n_steps=500
     )
