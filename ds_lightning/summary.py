@@ -67,8 +67,6 @@ def summary_table(report: dict[str, Any]) -> Group:
         f"{stage['tokens']:,} tokens, {stage['tokens_per_second']:,.0f} a second; {stage['parameters']:,} parameters, "
         f"{stage['active_parameters']:,} active"
     )
-    if "val_loss" in stage:
-        line += f"; held-out loss {stage['val_loss']:.3f} a label"
     parts: list[Any] = [Text(line), *([quality] if stage["bits_per_byte"] else []), ledger_table(report["ledger"])]
     for sample in stage["samples"]:
         parts += [Text("sample", style="bold"), Text(sample)]

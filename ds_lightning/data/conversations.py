@@ -94,13 +94,15 @@ def _turns(record: dict[str, Any], where: str) -> tuple[list[Message], int]:
         )
         before = _checked(prompt, "prompt", where)
         messages, first_answer = [*before, *_checked(completion, "completion", where)], len(before)
-        if len(messages) > first_answer and messages[first_answer]["role"] != "assistant":
+        if len(messages) == first_answer:
+            raise ValueError(f"{where}: 'completion' is empty, expected an answer")
+        if messages[first_answer]["role"] != "assistant":
             role = messages[first_answer]["role"]
             raise ValueError(f"{where}: completion begins with the role {role!r}, expected 'assistant'")
     else:
         raise ValueError(f"{where} has the keys {sorted(record)}, expected 'messages', or 'prompt' and 'completion'")
     roles = [message["role"] for message in messages]
-    if not messages or roles[-1] != "assistant" or len(messages) == first_answer:
+    if not messages or roles[-1] != "assistant":
         raise ValueError(f"{where} ends with the role {roles[-1] if roles else None!r}, expected an 'assistant' turn")
     if roles[0] == "assistant":
         raise ValueError(f"{where} begins with the role 'assistant', expected a prompt before the answer")

@@ -16,7 +16,7 @@ from ds_lightning.training_cli import run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = sorted(CONFIGS.glob("model/*.yaml"))
-RUNS = sorted(CONFIGS.glob("pretrain/*.yaml"))
+RUNS = sorted([*CONFIGS.glob("pretrain/*.yaml"), *CONFIGS.glob("sft/*.yaml")])
 TRAINERS = sorted(CONFIGS.glob("trainer/*.yaml"))
 
 
@@ -81,7 +81,7 @@ def test_data_and_model_of_a_run_fit_together() -> None:
         content = yaml.safe_load(path.read_text())
         config = shape(Path(content["model"]["init_args"]["config"]).stem)
         data = content["data"]["init_args"]
-        assert data["vocab_size"] <= config.vocab_size, path
+        assert data.get("vocab_size", 0) <= config.vocab_size, path
         assert data["seq_len"] <= config.max_position_embeddings, path
 
 

@@ -55,6 +55,6 @@ def test_every_config_is_shipped(shipped: set[str]) -> None:
     assert {path for path in shipped if path.endswith(".yaml")} == configs
 
 
-def test_types_and_licence_are_shipped(shipped: set[str]) -> None:
-    assert "ds_lightning/py.typed" in shipped
+def test_types_chat_template_and_licence_are_shipped(shipped: set[str]) -> None:
+    assert {"ds_lightning/py.typed", "ds_lightning/data/chat_template.jinja"} <= shipped
     assert any(path.endswith("licenses/LICENSE") for path in shipped)
