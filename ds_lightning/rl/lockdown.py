@@ -139,7 +139,8 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "tkill": (200, 130), "tgkill": (234, 131), "ptrace": (101, 117), "pidfd_open": (434, 434),
     "pidfd_send_signal": (424, 424), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "setsid": (112, 157), "setpgid": (109, 154),
-    "setpriority": (141, 140), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
+    "setpriority": (141, 140), "setrlimit": (160, 164), "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
     # what belongs to a file but is not its content: Landlock lets it pass
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
     "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
@@ -163,7 +164,7 @@ _CLONE_THREAD = 0x10000
 _LOAD, _JUMP_EQUAL, _JUMP_SET, _JUMP_MORE, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS = 1, 38
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # in struct seccomp_data; arguments have 8 bytes, the low half first
 
 
 def _program(column: int, architecture: int) -> list[tuple[int, int, int, int]]:
@@ -182,10 +183,13 @@ def _program(column: int, architecture: int) -> list[tuple[int, int, int, int]]:
             program += [(_JUMP_EQUAL, 0, 1, number), refuse]
     # glibc falls back from clone3, whose flags a filter cannot see, to clone, where threads may pass
     program += [(_JUMP_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _ERRNO | _ENOSYS)]
-    program += [(_JUMP_EQUAL, 0, 3, _CLONE[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
+    program += [(_JUMP_EQUAL, 0, 3, _CLONE[column]), (_LOAD, 0, 0, _ARGUMENTS)]
     program += [(_JUMP_SET, 1, 0, _CLONE_THREAD), refuse, (_LOAD, 0, 0, _NUMBER)]
-    # limits of this process itself (0), not of another
-    program += [(_JUMP_EQUAL, 0, 3, _PRLIMIT[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_JUMP_EQUAL, 1, 0, 0), refuse]
+    # of limits, this process may read its own and set that of CPU time
+    program += [(_JUMP_EQUAL, 0, 10, _PRLIMIT[column]), (_LOAD, 0, 0, _ARGUMENTS), (_JUMP_EQUAL, 1, 0, 0), refuse]
+    program += [(_LOAD, 0, 0, _ARGUMENTS + 8), (_JUMP_EQUAL, 5, 0, resource.RLIMIT_CPU)]
+    program += [(_LOAD, 0, 0, _ARGUMENTS + 16), (_JUMP_EQUAL, 0, 2, 0), (_LOAD, 0, 0, _ARGUMENTS + 20)]
+    program += [(_JUMP_EQUAL, 1, 0, 0), refuse]
     return [*program, (_RETURN, 0, 0, _ALLOW)]
 
 
