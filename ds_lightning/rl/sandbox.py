@@ -244,8 +244,7 @@ class _Worker:
         self.incoming = bytearray(rest)
         found = [outcome for line in lines if self.dead is None for outcome in self._understand(line)]
         if self.dead is None and (not part or len(rest) > self.limits.reply_bytes):
-            code = self.process.wait() if not part else 0
-            self.dead = "timeout" if code == -signal.SIGXCPU else "died"
+            self.dead = "timeout" if self._status() == -signal.SIGXCPU else "died"
         return found
 
     def _understand(self, line: bytes) -> list[tuple[int, Outcome]]:
@@ -304,7 +303,14 @@ class _Worker:
         """Say why the process did not get ready."""
         if self.dead == "timeout":
             return f"the reward functions were not imported within limits.start_seconds = {self.limits.start_seconds}"
-        return self.message or f"a scoring process ended with status {self.process.wait()} before it was ready"
+        return self.message or f"a scoring process ended with status {self._status()} before it was ready"
+
+    def _status(self) -> int | None:
+        """Return how the process ended; one that closed its pipe may go on, to be killed."""
+        try:
+            return self.process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            return None
 
     def close(self) -> None:
         """Kill the process and what it may have started, and remove its folder."""

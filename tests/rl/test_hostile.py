@@ -35,6 +35,12 @@ for fd in range(64):
     try: os.write(fd, TEXT)
     except OSError: pass
 """
+RAISE_LIMITS = """
+import resource
+try: resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+except ValueError: pass
+bytearray(1 << 32)
+"""
 ATTACKS = {
     "write a file": "open(r'{outside}/new', 'w').write('x')",
     "write by descriptor": "import os; os.write(os.open(r'{canary}', os.O_WRONLY | os.O_TRUNC), b'x')",
@@ -61,7 +67,7 @@ ATTACKS = {
     "allocate 100 GB": "bytearray(100 << 30)",
     "allocate without end": "x = [0]\nwhile True: x += x",
     "unpack a bomb": "import zlib; b = zlib.compress(bytes(1 << 26)); [zlib.decompress(b) for _ in range(99)]",
-    "raise the limits": "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); bytearray(1 << 40)",
+    "raise the limits": RAISE_LIMITS,
     "leave": "import os; os._exit(0)",
     "leave politely": "raise SystemExit",
     "crash": "import ctypes; ctypes.string_at(0)",
@@ -73,10 +79,11 @@ ATTACKS = {
     "print without end": "while True: print('x' * 10**6)",
     "write to every descriptor": EVERY_DESCRIPTOR.replace("TEXT", "b'[]' * 99999"),
     "reply with nonsense": EVERY_DESCRIPTOR.replace("TEXT", "b'[' * 50000 + bytes([10])"),
+    "hang up and go on": "import os; os.closerange(0, 64)\nwhile True: pass",
     "fill the disk": "open('big', 'wb').write(bytes(1 << 26))",
     "hold every descriptor": "x = []\nwhile True: x.append(open('/dev/null'))",
     "mount": "import ctypes\nif ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None): raise PermissionError",
-    "null bytes and surrogates": "x = '\\x00\\ud800' * 1000 #\ud800",
+    "null bytes and surrogates": "x = '\\x00\\ud800' * 1000",
 }  # fmt: skip
 HARMLESS = {"read the environment", "print without end", "null bytes and surrogates"}
 """What may go on until it is done or out of time: there is nothing to refuse."""
@@ -194,7 +201,7 @@ ALONE = {
     "audit hook": ["write a file", "write by descriptor", "follow a symlink", "follow a hard link", "delete a file",
                    "rename out of the folder", "truncate a file", "read a file", "change a mode", "change a time",
                    "connect", "listen", "fork without end", "start a program", "start a shell", "signal the parent",
-                   "mount", "crash"],
+                   "mount"],
 }  # fmt: skip
 
 
