@@ -34,13 +34,21 @@ def _libc() -> Any:
 
 
 def lock_down(
-    folder: str, readable: Sequence[str], *, memory_mib: int, file_mib: int, open_files: int, layers: Sequence[str]
+    folder: str,
+    readable: Sequence[str],
+    listable: Sequence[str],
+    *,
+    memory_mib: int,
+    file_mib: int,
+    open_files: int,
+    layers: Sequence[str],
 ) -> list[str]:
     """Give up what scoring does not need, for good, and return the layers that are active.
 
     Args:
         folder: The only place where files may be written.
         readable: Further files and folders that may be read.
+        listable: Further folders in which names may be looked up, as imports do.
         memory_mib: Address space.
         file_mib: Size of a file.
         open_files: File descriptors.
@@ -55,7 +63,7 @@ def lock_down(
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         if "network namespace" in layers and libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0:
             active.append("network namespace")
-        if "landlock" in layers and _restrict_paths(libc, folder, readable):
+        if "landlock" in layers and _restrict_paths(libc, folder, readable, listable):
             active.append("landlock")
         if "seccomp" in layers and _filter_system_calls(libc):
             active.append("seccomp")
@@ -96,7 +104,7 @@ _FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | 1 << 14 | 1 << 15  # trunca
 _RIGHTS_OF_ABI = {1: 13, 2: 14, 3: 15, 4: 15}  # from 5 on: 16
 
 
-def _restrict_paths(libc: Any, folder: str, readable: Sequence[str]) -> bool:
+def _restrict_paths(libc: Any, folder: str, readable: Sequence[str], listable: Sequence[str]) -> bool:
     abi = libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
     if abi < 1:
         return False
@@ -109,7 +117,8 @@ def _restrict_paths(libc: Any, folder: str, readable: Sequence[str]) -> bool:
         return False
     reading = _EXECUTE | _READ_FILE | _READ_DIR
     devices = [(path, _READ_FILE | _WRITE_FILE) for path in ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")]
-    for path, rights in [(folder, every), *devices, *((path, reading) for path in readable)]:
+    places = [(path, reading) for path in readable] + [(path, _READ_DIR) for path in listable]
+    for path, rights in [(folder, every), *devices, *places]:
         try:
             parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:  # what is not there needs no rule

@@ -223,4 +223,6 @@ def _find(reward: Reward) -> Function:
         raise ValueError(f"reward {reward.function!r}: there is no module {top!r}")
     places = list(spec.submodule_search_locations or ([spec.origin] if spec.has_location and spec.origin else []))
     path = tuple(str(Path(entry).resolve()) for entry in sys.path)
-    return Function(where, name, None, path, reward.options, tuple(str(Path(place).resolve()) for place in places))
+    readable = tuple(str(Path(place).resolve()) for place in places)
+    listable = tuple(str(Path(place).parent) for place in readable)
+    return Function(where, name, None, path, reward.options, readable, listable)

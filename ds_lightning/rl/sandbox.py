@@ -63,6 +63,7 @@ class Function(NamedTuple):
     path: tuple[str, ...] = ()
     options: dict[str, Any] = {}  # noqa: RUF012  # never changed
     readable: tuple[str, ...] = ()
+    listable: tuple[str, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -334,6 +335,7 @@ def _settings(folder: str, functions: Sequence[Function], limits: Limits, layers
     return {
         "folder": folder,
         "readable": list(dict.fromkeys([*system, *packages, str(PACKAGE), *own])),
+        "listable": [str(PACKAGE.parent), *(place for function in functions for place in function.listable)],
         "lock": {
             "memory_mib": limits.memory_mib,
             "file_mib": limits.file_mib,
@@ -341,7 +343,5 @@ def _settings(folder: str, functions: Sequence[Function], limits: Limits, layers
             "layers": list(layers),
         },
         "cpu_seconds": limits.cpu_seconds,
-        "functions": [
-            {key: value for key, value in function._asdict().items() if key != "readable"} for function in functions
-        ],
+        "functions": [function._asdict() for function in functions],
     }
