@@ -23,7 +23,7 @@ from ds_lightning.rl.lockdown import LAYERS
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ABANDON_AFTER = 8
-"""A function none of whose first calls is answered is given up after so many."""
+"""A function is given up when so many first calls of it, or all calls of a batch of so many, get no answer."""
 
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from ds_lightning.rl.worker import main; main()"
 
@@ -83,6 +83,10 @@ class CallError(Exception):
         self.answered = answered
 
 
+def _unanswered(call: int, function: int, count: int) -> CallError:
+    return CallError(call, function, f"answered none of {count} calls within its limits", answered=False)
+
+
 class SandboxPool:
     """Processes that call functions on what nobody trusts.
 
@@ -109,6 +113,8 @@ class SandboxPool:
         """Layers that are active in the processes."""
         self.restarts = 0
         """Processes that had to be replaced."""
+        self._answered = [False] * len(functions)
+        self._unanswered = [0] * len(functions)
         try:
             for _ in range(workers):
                 self._workers.append(_Worker(functions, limits, layers, self._selector))
@@ -137,7 +143,6 @@ class SandboxPool:
     def _run(self, calls: Sequence[dict[str, Any]]) -> list[list[Outcome]]:
         outcomes: list[list[Outcome]] = [[] for _ in calls]
         waiting = deque(range(len(calls)))
-        answered, cut_short = ([0] * len(self._functions) for _ in range(2))
         done = 0
         while done < len(calls):
             for worker in self._workers:
@@ -147,19 +152,22 @@ class SandboxPool:
             for call, outcome in self._wait():
                 place = len(outcomes[call])
                 outcomes[call].append(outcome)
-                (answered if outcome.kind == "value" else cut_short)[place] += 1
-                if not answered[place] and cut_short[place] >= ABANDON_AFTER:
-                    message = f"answered none of {cut_short[place]} calls within its limits"
-                    raise CallError(call, place, message, answered=False)
+                self._answered[place] |= outcome.kind == "value"
+                self._unanswered[place] += outcome.kind != "value"
+                if not self._answered[place] and self._unanswered[place] >= ABANDON_AFTER:
+                    raise _unanswered(call, place, self._unanswered[place])
                 if len(outcomes[call]) == len(self._functions):
                     done += 1
                 elif outcome.kind in ("timeout", "died"):  # the rest of this call goes to another process
                     waiting.appendleft(call)
+        for place in range(len(self._functions)):
+            if len(calls) >= ABANDON_AFTER and all(row[place].kind != "value" for row in outcomes):
+                raise _unanswered(0, place, len(calls))
         return outcomes
 
     def _wait(self) -> list[tuple[int, Outcome]]:
         """Return what came in, at the latest when the first limit of time is over."""
-        found = []
+        found: list[tuple[int, Outcome]] = []
         rest = min(worker.deadline for worker in self._workers) - time.monotonic()
         events = {key.data for key, _ in self._selector.select(None if rest == inf else max(rest, 0))}
         for place, worker in enumerate(self._workers):

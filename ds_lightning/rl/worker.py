@@ -42,7 +42,7 @@ def main() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     folder = settings["folder"]
     active = lock_down(folder, settings["readable"], settings["listable"], **settings["lock"])
-    functions = []
+    functions: list[Callable[..., Any]] = []
     for function in settings["functions"]:
         try:
             functions.append(_load(**function))
@@ -123,7 +123,8 @@ def _cut(text: str) -> str:
 
 
 def _empty(folder: str) -> None:
-    """Remove what a call left in its folder."""
+    """Go back to the folder of this process and remove what a call left in it."""
+    os.chdir(folder)
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry, ignore_errors=True)

@@ -108,6 +108,14 @@ def test_a_function_that_answers_no_call_ends_the_run(function: str) -> None:
         scorer.score([""] * 20, [""] * 20)
 
 
+def test_a_function_that_answers_no_call_of_a_batch_ends_the_run_even_if_it_once_did() -> None:
+    with Scorer([reward("runs")], limits=Limits(seconds=2.0)) as scorer:
+        assert scorer.score([""], ["1"]).total == [1.0]
+        assert scorer.score([""] * 3, ["bytearray(1 << 40)"] * 3).total == [0.0] * 3
+        with pytest.raises(RuntimeError, match="answered none of 9 calls within its limits"):
+            scorer.score([""] * 9, ["bytearray(1 << 40)"] * 9)
+
+
 def test_a_completion_that_takes_too_long_costs_its_reward_alone() -> None:
     completions = ["1", "while True: pass", "1", "import os; os._exit(1)", "1", "bytearray(1 << 40)"]
     runs = [reward("runs", name="zero"), reward("runs", name="none", cut_short=None), Reward("format")]
