@@ -20,7 +20,8 @@ from typing import NamedTuple
 import pytest
 
 from ds_lightning.rl.lockdown import LAYERS
-from ds_lightning.rl.rewards import Limits, Reward, Scorer
+from ds_lightning.rl.rewards import Reward, Scorer
+from ds_lightning.rl.sandbox import Limits
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Landlock, seccomp and namespaces are Linux's")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ds_lightning.rl.rewards import Limits, Reward, RewardBatch, Scorer
-from ds_lightning.rl.sandbox import ABANDON_AFTER
+from ds_lightning.rl.rewards import Reward, RewardBatch, Scorer
+from ds_lightning.rl.sandbox import ABANDON_AFTER, Limits
 
 FUNCTIONS = Path(__file__).with_name("reward_functions.py")
 GOOD = "<think>three and four</think><answer>7</answer>"
