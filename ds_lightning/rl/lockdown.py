@@ -34,13 +34,21 @@ def _libc() -> Any:
 
 
 def lock_down(
-    folder: str, readable: Sequence[str], *, memory_mib: int, file_mib: int, open_files: int, layers: Sequence[str]
+    folder: str,
+    readable: Sequence[str],
+    listable: Sequence[str],
+    *,
+    memory_mib: int,
+    file_mib: int,
+    open_files: int,
+    layers: Sequence[str],
 ) -> list[str]:
     """Give up what scoring does not need, for good, and return the layers that are active.
 
     Args:
         folder: The only place where files may be written.
         readable: Further files and folders that may be read.
+        listable: Further folders in which names may be looked up, as imports do.
         memory_mib: Address space.
         file_mib: Size of a file.
         open_files: File descriptors.
@@ -55,7 +63,7 @@ def lock_down(
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         if "network namespace" in layers and libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0:
             active.append("network namespace")
-        if "landlock" in layers and _restrict_paths(libc, folder, readable):
+        if "landlock" in layers and _restrict_paths(libc, folder, readable, listable):
             active.append("landlock")
         if "seccomp" in layers and _filter_system_calls(libc):
             active.append("seccomp")
@@ -96,7 +104,7 @@ _FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | 1 << 14 | 1 << 15  # trunca
 _RIGHTS_OF_ABI = {1: 13, 2: 14, 3: 15, 4: 15}  # from 5 on: 16
 
 
-def _restrict_paths(libc: Any, folder: str, readable: Sequence[str]) -> bool:
+def _restrict_paths(libc: Any, folder: str, readable: Sequence[str], listable: Sequence[str]) -> bool:
     abi = libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
     if abi < 1:
         return False
@@ -109,7 +117,8 @@ def _restrict_paths(libc: Any, folder: str, readable: Sequence[str]) -> bool:
         return False
     reading = _EXECUTE | _READ_FILE | _READ_DIR
     devices = [(path, _READ_FILE | _WRITE_FILE) for path in ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")]
-    for path, rights in [(folder, every), *devices, *((path, reading) for path in readable)]:
+    places = [(path, reading) for path in readable] + [(path, _READ_DIR) for path in listable]
+    for path, rights in [(folder, every), *devices, *places]:
         try:
             parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:  # what is not there needs no rule
@@ -139,7 +148,8 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "tkill": (200, 130), "tgkill": (234, 131), "ptrace": (101, 117), "pidfd_open": (434, 434),
     "pidfd_send_signal": (424, 424), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "setsid": (112, 157), "setpgid": (109, 154),
-    "setpriority": (141, 140), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
+    "setpriority": (141, 140), "setrlimit": (160, 164), "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
     # what belongs to a file but is not its content: Landlock lets it pass
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
     "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
@@ -163,7 +173,7 @@ _CLONE_THREAD = 0x10000
 _LOAD, _JUMP_EQUAL, _JUMP_SET, _JUMP_MORE, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS = 1, 38
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # in struct seccomp_data; arguments have 8 bytes, the low half first
 
 
 def _program(column: int, architecture: int) -> list[tuple[int, int, int, int]]:
@@ -182,10 +192,13 @@ def _program(column: int, architecture: int) -> list[tuple[int, int, int, int]]:
             program += [(_JUMP_EQUAL, 0, 1, number), refuse]
     # glibc falls back from clone3, whose flags a filter cannot see, to clone, where threads may pass
     program += [(_JUMP_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _ERRNO | _ENOSYS)]
-    program += [(_JUMP_EQUAL, 0, 3, _CLONE[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
+    program += [(_JUMP_EQUAL, 0, 3, _CLONE[column]), (_LOAD, 0, 0, _ARGUMENTS)]
     program += [(_JUMP_SET, 1, 0, _CLONE_THREAD), refuse, (_LOAD, 0, 0, _NUMBER)]
-    # limits of this process itself (0), not of another
-    program += [(_JUMP_EQUAL, 0, 3, _PRLIMIT[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_JUMP_EQUAL, 1, 0, 0), refuse]
+    # of limits, this process may read its own and set that of CPU time
+    program += [(_JUMP_EQUAL, 0, 10, _PRLIMIT[column]), (_LOAD, 0, 0, _ARGUMENTS), (_JUMP_EQUAL, 1, 0, 0), refuse]
+    program += [(_LOAD, 0, 0, _ARGUMENTS + 8), (_JUMP_EQUAL, 5, 0, resource.RLIMIT_CPU)]
+    program += [(_LOAD, 0, 0, _ARGUMENTS + 16), (_JUMP_EQUAL, 0, 2, 0), (_LOAD, 0, 0, _ARGUMENTS + 20)]
+    program += [(_JUMP_EQUAL, 1, 0, 0), refuse]
     return [*program, (_RETURN, 0, 0, _ALLOW)]
 
 

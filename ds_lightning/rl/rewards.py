@@ -66,7 +66,7 @@ class RewardBatch:
     per_reward: dict[str, list[float | None]]
     """Rewards without their weights, by the name of the function."""
     cut_short: dict[str, dict[str, int]]
-    """How many calls of each function ended in a ``timeout``, a process that ``died``, or were ``refused`` something."""
+    """How many calls of each function met a ``timeout``, a process that ``died``, or were ``refused`` something."""
 
     def metrics(self) -> dict[str, float]:
         """Return mean and unbiased deviation of each reward, as TRL names them, and the calls that were cut short."""
@@ -119,7 +119,7 @@ class Scorer:
         missing = [layer for layer in LAYERS if layer not in self.protections]
         log.info("scoring processes are protected by %s", ", ".join(self.protections))
         if missing:
-            log.warning("scoring processes run without %s: this system does not offer it", ", ".join(missing))
+            log.warning("scoring processes run without %s", ", ".join(missing))
         return self
 
     def __exit__(
@@ -223,4 +223,6 @@ def _find(reward: Reward) -> Function:
         raise ValueError(f"reward {reward.function!r}: there is no module {top!r}")
     places = list(spec.submodule_search_locations or ([spec.origin] if spec.has_location and spec.origin else []))
     path = tuple(str(Path(entry).resolve()) for entry in sys.path)
-    return Function(where, name, None, path, reward.options, tuple(str(Path(place).resolve()) for place in places))
+    readable = tuple(str(Path(place).resolve()) for place in places)
+    listable = tuple(str(Path(place).parent) for place in readable)
+    return Function(where, name, None, path, reward.options, readable, listable)

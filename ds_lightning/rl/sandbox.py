@@ -23,7 +23,7 @@ from ds_lightning.rl.lockdown import LAYERS
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ABANDON_AFTER = 8
-"""A function none of whose first calls is answered is given up after so many."""
+"""A function is given up when so many first calls of it, or all calls of a batch of so many, get no answer."""
 
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from ds_lightning.rl.worker import main; main()"
 
@@ -63,6 +63,7 @@ class Function(NamedTuple):
     path: tuple[str, ...] = ()
     options: dict[str, Any] = {}  # noqa: RUF012  # never changed
     readable: tuple[str, ...] = ()
+    listable: tuple[str, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -80,6 +81,10 @@ class CallError(Exception):
         self.call = call
         self.function = function
         self.answered = answered
+
+
+def _unanswered(call: int, function: int, count: int) -> CallError:
+    return CallError(call, function, f"answered none of {count} calls within its limits", answered=False)
 
 
 class SandboxPool:
@@ -108,6 +113,8 @@ class SandboxPool:
         """Layers that are active in the processes."""
         self.restarts = 0
         """Processes that had to be replaced."""
+        self._answered = [False] * len(functions)
+        self._unanswered = [0] * len(functions)
         try:
             for _ in range(workers):
                 self._workers.append(_Worker(functions, limits, layers, self._selector))
@@ -136,7 +143,6 @@ class SandboxPool:
     def _run(self, calls: Sequence[dict[str, Any]]) -> list[list[Outcome]]:
         outcomes: list[list[Outcome]] = [[] for _ in calls]
         waiting = deque(range(len(calls)))
-        answered, cut_short = ([0] * len(self._functions) for _ in range(2))
         done = 0
         while done < len(calls):
             for worker in self._workers:
@@ -146,19 +152,22 @@ class SandboxPool:
             for call, outcome in self._wait():
                 place = len(outcomes[call])
                 outcomes[call].append(outcome)
-                (answered if outcome.kind == "value" else cut_short)[place] += 1
-                if not answered[place] and cut_short[place] >= ABANDON_AFTER:
-                    message = f"answered none of {cut_short[place]} calls within its limits"
-                    raise CallError(call, place, message, answered=False)
+                self._answered[place] |= outcome.kind == "value"
+                self._unanswered[place] += outcome.kind != "value"
+                if not self._answered[place] and self._unanswered[place] >= ABANDON_AFTER:
+                    raise _unanswered(call, place, self._unanswered[place])
                 if len(outcomes[call]) == len(self._functions):
                     done += 1
                 elif outcome.kind in ("timeout", "died"):  # the rest of this call goes to another process
                     waiting.appendleft(call)
+        for place in range(len(self._functions)):
+            if len(calls) >= ABANDON_AFTER and all(row[place].kind != "value" for row in outcomes):
+                raise _unanswered(0, place, len(calls))
         return outcomes
 
     def _wait(self) -> list[tuple[int, Outcome]]:
         """Return what came in, at the latest when the first limit of time is over."""
-        found = []
+        found: list[tuple[int, Outcome]] = []
         rest = min(worker.deadline for worker in self._workers) - time.monotonic()
         events = {key.data for key, _ in self._selector.select(None if rest == inf else max(rest, 0))}
         for place, worker in enumerate(self._workers):
@@ -244,8 +253,7 @@ class _Worker:
         self.incoming = bytearray(rest)
         found = [outcome for line in lines if self.dead is None for outcome in self._understand(line)]
         if self.dead is None and (not part or len(rest) > self.limits.reply_bytes):
-            code = self.process.wait() if not part else 0
-            self.dead = "timeout" if code == -signal.SIGXCPU else "died"
+            self.dead = "timeout" if self._status() == -signal.SIGXCPU else "died"
         return found
 
     def _understand(self, line: bytes) -> list[tuple[int, Outcome]]:
@@ -304,7 +312,14 @@ class _Worker:
         """Say why the process did not get ready."""
         if self.dead == "timeout":
             return f"the reward functions were not imported within limits.start_seconds = {self.limits.start_seconds}"
-        return self.message or f"a scoring process ended with status {self.process.wait()} before it was ready"
+        return self.message or f"a scoring process ended with status {self._status()} before it was ready"
+
+    def _status(self) -> int | None:
+        """Return how the process ended; one that closed its pipe may go on, to be killed."""
+        try:
+            return self.process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            return None
 
     def close(self) -> None:
         """Kill the process and what it may have started, and remove its folder."""
@@ -328,6 +343,7 @@ def _settings(folder: str, functions: Sequence[Function], limits: Limits, layers
     return {
         "folder": folder,
         "readable": list(dict.fromkeys([*system, *packages, str(PACKAGE), *own])),
+        "listable": [str(PACKAGE.parent), *(place for function in functions for place in function.listable)],
         "lock": {
             "memory_mib": limits.memory_mib,
             "file_mib": limits.file_mib,
@@ -335,7 +351,5 @@ def _settings(folder: str, functions: Sequence[Function], limits: Limits, layers
             "layers": list(layers),
         },
         "cpu_seconds": limits.cpu_seconds,
-        "functions": [
-            {key: value for key, value in function._asdict().items() if key != "readable"} for function in functions
-        ],
+        "functions": [function._asdict() for function in functions],
     }

@@ -41,12 +41,16 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     folder = settings["folder"]
-    active = lock_down(folder, settings["readable"], **settings["lock"])
-    try:
-        functions = [_load(**function) for function in settings["functions"]]
-    except BaseException as error:
-        reply("failed", _describe(error))
-        raise
+    active = lock_down(folder, settings["readable"], settings["listable"], **settings["lock"])
+    functions: list[Callable[..., Any]] = []
+    for function in settings["functions"]:
+        try:
+            functions.append(_load(**function))
+        except BaseException as error:
+            reply(
+                "failed", f"reward {function['file'] or function['module']}:{function['function']}: {_describe(error)}"
+            )
+            raise
     reply("ready", active)
     for line in requests:
         request = json.loads(line)
@@ -57,7 +61,9 @@ def main() -> None:
             reply(request["call"], place, *outcome)
 
 
-def _load(module: str, function: str, file: str | None, path: list[str], options: dict[str, Any]) -> Callable[..., Any]:
+def _load(
+    module: str, function: str, file: str | None, path: list[str], options: dict[str, Any], **_: Any
+) -> Callable[..., Any]:
     """Return a reward function from a module on the path, or from a file."""
     sys.path += [entry for entry in path if entry not in sys.path]
     if file is None:
@@ -70,7 +76,7 @@ def _load(module: str, function: str, file: str | None, path: list[str], options
         spec.loader.exec_module(loaded)
     found = getattr(loaded, function, None)
     if not callable(found):
-        raise ValueError(f"{file or module} has no function {function!r}")
+        raise ValueError(f"there is no function {function!r}, expected one of that name")
     return partial(found, **options) if options else found
 
 
@@ -117,7 +123,8 @@ def _cut(text: str) -> str:
 
 
 def _empty(folder: str) -> None:
-    """Remove what a call left in its folder."""
+    """Go back to the folder of this process and remove what a call left in it."""
+    os.chdir(folder)
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry, ignore_errors=True)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ds_lightning.losses.policy import VARIANTS, Totals, policy_loss
-from ds_lightning.rl.advantages import group_advantages
+from ds_lightning.rl.advantages import ScaleRewards, group_advantages
 
 LENGTHS = [5, 3, 1, 4, 2, 5]
 MAX_TOKENS = 5
 TOTALS = Totals(sequences=len(LENGTHS), tokens=sum(LENGTHS), max_tokens=MAX_TOKENS)
-EXACT = {"rtol": 1e-12, "atol": 1e-14}  # some hundred roundings of fp64
+EXACT: Any = {"rtol": 1e-12, "atol": 1e-14}  # some hundred roundings of fp64
 
 Case = dict[str, Any]
 
@@ -127,7 +127,7 @@ def test_micro_batches_of_any_size_add_up_to_the_whole(variant: str, cuts: list[
     torch.testing.assert_close(sum(part for part, _ in parts), loss, **EXACT)
     torch.testing.assert_close(pieces.grad, whole.grad, **EXACT)
     for name, expected in metrics.items():
-        each = torch.stack([part[name] for _, part in parts])
+        each: Any = torch.stack([part[name] for _, part in parts])
         together = {"min": each.min, "max": each.max}.get(name[-3:], each.sum)()
         torch.testing.assert_close(together, expected, msg=name)
 
@@ -220,7 +220,7 @@ def test_the_best_of_two_arms_is_found(variant: str, *, off_policy: bool) -> Non
         with torch.no_grad():
             arms = torch.multinomial(logits.softmax(0), 16, replacement=True, generator=rng)
             old = logits.log_softmax(0)[arms]
-        scale = "none" if variant == "dr_grpo" else "group"
+        scale: ScaleRewards = "none" if variant == "dr_grpo" else "group"
         advantages, _ = group_advantages(arms.double(), 8, scale_rewards=scale)
         mask = torch.arange(3) < torch.where(arms == 1, 1, 3).unsqueeze(-1)
         for rows in (slice(0, 8), slice(8, 16)) if off_policy else (slice(0, 16),):
