@@ -5,6 +5,7 @@ Layers, each importing only from those above it in this list::
     config, flops, ops                      shapes, closed forms, pure tensor functions
     nn                                      modules whose forward is the paper's equations
     models, losses, optim, data, cost       assembly, objectives, optimisers, tokens, money
+    generation                              sampling
     training                                LightningModules and the checkpoint store
     callbacks                               when things happen
     cli                                     the ds-lightning command
