@@ -4,15 +4,12 @@ from contextlib import ExitStack
 from textwrap import indent
 from typing import Any
 
-import torch
-from jaxtyping import Int
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from ds_lightning.callbacks.cost_ledger import CostLedger
 from ds_lightning.callbacks.tensorboard_layout import tensorboard_loggers
-from ds_lightning.models import DeepSeek
+from ds_lightning.generation import Generator
 
 
 class Samples(Callback):
@@ -87,52 +84,22 @@ class Samples(Callback):
             self._sample(trainer, pl_module)
 
     def _sample(self, trainer: Trainer, pl_module: Any) -> None:
-        model, tokenizer = pl_module.model, _tokenizer(trainer)
-        generator = torch.Generator().manual_seed(self.seed)
+        tokenizer = _tokenizer(trainer)
+        prompts = [tokenizer.encode(prompt).ids for prompt in self.prompts]
         with ExitStack() as stack:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set where mypy does not look
                 if isinstance(callback, CostLedger):
                     stack.enter_context(callback.phase("validate"))
             stack.enter_context(trainer.precision_plugin.forward_context())
-            stack.callback(model.train, model.training)
-            model.eval()
             # Every rank writes the same text: with sharded weights a forward needs all of them.
-            self.last = []
-            for prompt in self.prompts:
-                ids = torch.tensor(tokenizer.encode(prompt).ids, device=pl_module.device)
-                new = sample_tokens(
-                    model, ids, max_new_tokens=self.max_new_tokens, temperature=self.temperature, generator=generator
-                )
-                self.last.append(tokenizer.decode(ids.tolist() + new.tolist()))
+            samples = Generator(pl_module.model).generate(
+                prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
+            )
+        self.last = [tokenizer.decode(prompts[sample.prompt] + sample.tokens.tolist()) for sample in samples]
         for logger in tensorboard_loggers(trainer):
             for i, text in enumerate(self.last):
                 # An indented code block: a fenced one could be closed by the text itself.
                 logger.experiment.add_text(f"samples/{i}", indent(text, "    "), trainer.global_step)
-
-
-# Not inference_mode: what a module caches in its first forward has to be usable in training afterwards.
-@torch.no_grad()
-def sample_tokens(
-    model: DeepSeek, ids: Int[Tensor, " seq"], *, max_new_tokens: int, temperature: float, generator: torch.Generator
-) -> Int[Tensor, " new"]:
-    """Continue a prompt, recomputing the whole sequence for every token.
-
-    Args:
-        model: In eval mode.
-        ids: The prompt's tokens, on the model's device.
-        max_new_tokens: Tokens to write.
-        temperature: Divides the logits before the softmax; 0 takes the likeliest token.
-        generator: Noise, on the CPU whatever the model's device.
-    """
-    sequence = ids
-    for _ in range(max_new_tokens):
-        logits = model.logits(model(sequence[None])[:, -1])[0].float().cpu()  # [vocab]
-        if temperature == 0:
-            next_id = logits.argmax(dim=-1, keepdim=True)
-        else:
-            next_id = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
-        sequence = torch.cat([sequence, next_id.to(ids)])
-    return sequence[len(ids) :]
 
 
 def _tokenizer(trainer: Trainer) -> Tokenizer:

@@ -6,6 +6,7 @@ Layers, each importing only from those above it in this list::
     nn                                      modules whose forward is the paper's equations
     models, losses, optim, data, cost       assembly, objectives, optimisers, tokens, money
     rl                                      tasks, rewards, advantages
+    generation                              sampling
     training                                LightningModules and the checkpoint store
     callbacks                               when things happen
     cli                                     the ds-lightning command

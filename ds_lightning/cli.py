@@ -29,6 +29,8 @@ HELP = """usage: ds-lightning COMMAND [options]
   data       prepare a corpus: ds-lightning data prepare --sources '["docs/*.md"]' --folder data/docs
   export     a run or checkpoint to Hugging Face layout: ds-lightning export RUN_DIR OUT_DIR
   import     a Hugging Face folder, checked and converted: ds-lightning import HF_DIR OUT_DIR
+  generate   text from a model: ds-lightning generate --model HF_DIR --prompt 'Once upon a time'
+  bench      measure against a peer: ds-lightning bench generate
   ledger     verify what a run has cost, and add it up: ds-lightning ledger RUN_DIR
 
 ds-lightning COMMAND --help lists the options of a command."""
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "data": _data,
         "export": _export,
         "import": _import,
+        "generate": _generate,
+        "bench": _bench,
         "ledger": _ledger,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -162,6 +166,40 @@ def _import(argv: list[str]) -> int:
     with writing(options.out_dir):
         parameters = import_weights(Path(options.hf_dir), Path(options.out_dir), overwrite=options.overwrite)
     print(f"wrote {options.out_dir}: {parameters:,} parameters")
+    return DONE
+
+
+def _generate(argv: list[str]) -> int:
+    from ds_lightning.generate_cli import generate
+
+    parser = _parser("generate")
+    parser.add_function_arguments(generate, skip={"stream"})
+    parser.add_argument("--json", action="store_true", help="print text, tokens and log-probabilities as JSON")
+    options = _parse(parser, argv).as_dict()
+    as_json = options.pop("json")
+    samples = generate(**options, stream=not as_json)
+    if as_json:
+        print(json.dumps(samples, indent=1))
+    return DONE
+
+
+def _bench(argv: list[str]) -> int:
+    from rich.console import Console
+
+    from ds_lightning.bench.generate import bench_generate, bench_table
+
+    if not argv or argv[0] != "generate":
+        return _complain(f"bench: no measurement {argv[0] if argv else ''!r}, expected 'generate'")
+    parser = _parser("bench generate")
+    parser.add_function_arguments(bench_generate)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = _parse(parser, argv[1:]).as_dict()
+    as_json = options.pop("json")
+    figures = bench_generate(**options)
+    if as_json:
+        print(json.dumps(figures, indent=1))
+    else:
+        Console().print(bench_table(figures))
     return DONE
 
 

@@ -1,4 +1,4 @@
-"""Oracles: a greedy loop over the model, softmax frequencies, bitwise equal weights with and without the callback."""
+"""Oracles: a greedy loop over the model, the generator by itself, bitwise equal weights with and without samples."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ds_lightning.callbacks import samples
-from ds_lightning.callbacks.samples import Samples, sample_tokens
+from ds_lightning.callbacks.samples import Samples
 from ds_lightning.config import DeepSeekConfig
+from ds_lightning.generation import Generator
 from ds_lightning.models import DeepSeek
 
 VOCAB = 24
@@ -43,10 +44,8 @@ def tiny_model() -> DeepSeek:
 
 
 def sampled(model: DeepSeek, ids: Tensor, tokens: int, temperature: float, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    new = sample_tokens(model, ids, max_new_tokens=tokens, temperature=temperature, generator=generator)
-    assert new.device == ids.device
-    return list(new.tolist())
+    (sample,) = Generator(model).generate([ids.tolist()], max_new_tokens=tokens, temperature=temperature, seed=seed)
+    return list(sample.tokens.tolist())
 
 
 def test_temperature_zero_takes_the_likeliest_token_at_every_position() -> None:
@@ -58,19 +57,6 @@ def test_temperature_zero_takes_the_likeliest_token_at_every_position() -> None:
         ids.append(max(range(VOCAB), key=lambda token: float(scores[token])))
     assert sampled(model, torch.tensor([1, 2, 3]), 6, temperature=0.0) == ids[3:]
     assert sampled(model, torch.tensor([1, 2, 3]), 6, temperature=1e-4) == ids[3:]
-
-
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_tokens_are_drawn_with_the_softmax_of_the_logits_over_the_temperature(temperature: float) -> None:
-    model = tiny_model().eval()
-    ids = torch.tensor([4, 5])
-    generator = torch.Generator().manual_seed(1)
-    draws = 2000
-    counts = torch.zeros(VOCAB)
-    for _ in range(draws):
-        counts[sample_tokens(model, ids, max_new_tokens=1, temperature=temperature, generator=generator)] += 1
-    expected = torch.softmax((model(ids[None])[0, -1] @ model.lm_head.weight.T) / temperature, dim=-1).detach()
-    assert (counts / draws - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
 
 
 def test_a_model_that_has_sampled_can_still_be_trained() -> None:

@@ -120,3 +120,36 @@ def test_the_softmax_scale_of_v3_grows_by_the_square_of_its_temperature() -> Non
     assert MLA(wide).scale == pytest.approx(192**-0.5)
     scaling = RopeScaling(factor=40.0, original_max_position_embeddings=4096)
     assert MLA(replace(wide, rope_scaling=scaling)).scale == pytest.approx(192**-0.5 * 1.3688879454113936**2)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 6])
+@pytest.mark.parametrize("scaling", [None, RopeScaling(factor=4.0, original_max_position_embeddings=4, mscale=0.7)])
+def test_decoding_from_latents_is_the_last_row_of_the_training_form(
+    q_lora_rank: int | None, scaling: RopeScaling | None
+) -> None:
+    """In fp64 both forms are the same sums of some tens of terms in another order: 1e-12."""
+    mla = build(replace(CONFIG, q_lora_rank=q_lora_rank, rope_scaling=scaling))
+    config, lengths = mla.config, [7, 1, 4]
+    x = torch.randn(3, 7, config.hidden_size, dtype=torch.float64)
+    cos, sin = (t.double() for t in rope_tables(config.qk_rope_head_dim, 7, config.rope_theta, scaling))
+    latents: list[Tensor] = []
+    with torch.no_grad():
+        full = mla(x, cos, sin, latents=latents)
+        assert torch.equal(full, mla(x, cos, sin))
+        (cache,) = latents
+        last = torch.tensor(lengths) - 1
+        cache = torch.where(torch.arange(7)[:, None] < last[:, None, None], cache, 5.0)  # newer entries are not there
+        bias = torch.zeros(3, 7, dtype=torch.float64).masked_fill(torch.arange(7) > last[:, None], -torch.inf)
+        rows = torch.arange(3)
+        out = mla.decode(x[rows, last], cos[last], sin[last], cache, last, bias, mla.absorb())
+    torch.testing.assert_close(out, full[rows, last], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cache[rows, last], latents[0][rows, last], rtol=1e-14, atol=1e-14)
+
+
+def test_absorbed_weights_are_the_halves_of_the_projection() -> None:
+    mla = build(CONFIG)
+    key, value = mla.absorb()
+    weight = mla.kv_b_proj.weight.unflatten(0, (CONFIG.num_attention_heads, -1))
+    for head in range(CONFIG.num_attention_heads):
+        assert torch.equal(key[head], weight[head, : CONFIG.qk_nope_head_dim])
+        assert torch.equal(value[head], weight[head, CONFIG.qk_nope_head_dim :].T)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_lightning.ops.experts import reference, routed_experts
+from ds_lightning.ops.experts import few_tokens, reference, routed_experts
 from tests.ops.error_ratio import assert_as_close_as_plain
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -190,3 +190,29 @@ def test_without_autocast_fp32_inputs_stay_fp32() -> None:
     assert out.dtype == torch.float32
     # sums of about 10 products of size up to 10: some hundred roundings of fp32
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "topk"), [(1, 4, 2), (1, 1, 1), (33, 4, 4), (17, 5, 3), (2, 64, 6), (0, 4, 2)]
+)
+@pytest.mark.parametrize("small", [0, 2**20], ids=["sorted", "every expert"])
+def test_the_form_for_few_tokens_is_the_reference(
+    tokens: int, experts: int, topk: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ds_lightning.ops.experts.few.SMALL", small)
+    x, indices, *others = draw(max(tokens, 1), experts, topk, hidden=13, ffn=11)
+    inputs = (x[:tokens], indices[:tokens], others[0][:tokens], others[1], others[2])
+    with torch.inference_mode():
+        actual = few_tokens(*inputs)
+    torch.testing.assert_close(actual, reference.routed_experts(*inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_the_form_for_few_tokens_is_as_close_to_the_truth_under_autocast() -> None:
+    inputs = draw(tokens=96, experts=6, topk=2, hidden=40, ffn=24)
+    truth = reference.routed_experts(*inputs)
+    x, indices, weights, gate_up, down = inputs
+    plain = reference.routed_experts(x.bfloat16(), indices, weights.bfloat16(), gate_up.bfloat16(), down.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        fast = few_tokens(x.float(), indices, weights.float(), gate_up.float(), down.float())
+    assert fast.dtype == torch.bfloat16
+    assert_as_close_as_plain("out", fast, plain, truth)

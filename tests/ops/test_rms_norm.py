@@ -95,3 +95,14 @@ def test_autocast_is_as_close_to_the_truth_as_the_plain_definition_in_bf16() -> 
     assert [tensor.dtype for tensor in fast] == [torch.bfloat16, torch.float32, torch.float32]
     for name, f, p, t in zip(("out", "x", "weight"), fast, plain, truth, strict=True):
         assert_as_close_as_plain(name, f, p, t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_without_gradient_no_bit_is_different(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(5, 7, 24).to(dtype), torch.rand(24).to(dtype)
+    with torch.no_grad():
+        free = rms_norm(x, weight, 1e-6)
+    tracked = rms_norm(x.requires_grad_(), weight, 1e-6)
+    assert tracked.requires_grad
+    assert free.dtype == tracked.dtype
+    assert torch.equal(free, tracked)

@@ -190,3 +190,40 @@ def test_low_precision_logits_are_scored_in_fp32() -> None:
 def test_scores_that_underflow_divide_by_no_zero() -> None:
     gate = topk_gate(torch.full((2, 4), -200.0), None, topk=2)
     assert gate.weights.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [V3, V2], ids=["v3", "v2"])
+def test_replayed_experts_get_the_gate_values_and_gradients_of_the_scores_at_hand(settings: dict[str, Any]) -> None:
+    logits, bias = draw(9, 16)
+    steering = bias if settings is V3 else None
+    replay = torch.stack([torch.randperm(16)[: settings["topk"]] for _ in range(9)])
+    replay[[2, 5]] = -1
+    logits.requires_grad_()
+    gate = topk_gate(logits, steering, replay=replay.to(torch.int16), **settings)
+    free = topk_gate(logits, steering, **settings)
+    assert gate.indices.dtype == torch.int64
+    assert torch.equal(gate.indices[[2, 5]], free.indices[[2, 5]])
+    assert torch.equal(gate.weights[[2, 5]], free.weights[[2, 5]])
+    assert torch.equal(gate.scores, free.scores)
+    fed = [token for token in range(9) if token not in (2, 5)]
+    assert torch.equal(gate.indices[fed], replay[fed])
+    cotangent = torch.randn(len(fed), settings["topk"], dtype=torch.float64)
+    (actual,) = torch.autograd.grad((gate.weights[fed] * cotangent).sum(), logits)
+
+    leaf = logits.detach().clone().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for row, token in enumerate(fed):
+        values = 1 / (1 + (-leaf[token]).exp()) if settings is V3 else leaf[token].exp() / leaf[token].exp().sum()
+        chosen = [values[expert] for expert in replay[token].tolist()]
+        norm = sum(chosen) if settings is V3 else 1.0
+        for slot, value in enumerate(chosen):
+            total = total + cotangent[row, slot] * value / norm * settings["routed_scaling_factor"]
+    (expected,) = torch.autograd.grad(total, leaf)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_replaying_a_choice_of_ones_own_changes_no_bit() -> None:
+    logits, bias = draw(50, 16)
+    free = topk_gate(logits, bias, **V3)
+    again = topk_gate(logits, bias, replay=free.indices, **V3)
+    assert all(torch.equal(a, b) for a, b in zip(free, again, strict=True))

@@ -1,0 +1,136 @@
+"""``ds-lightning generate``: text from a folder in Hugging Face layout, shown as it comes."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from ds_lightning.data.tokenizer import END_OF_TEXT, load_tokenizer
+from ds_lightning.generation import Generator, Sample
+from ds_lightning.models import DeepSeek
+from ds_lightning.models.hf import load_hf
+from ds_lightning.models.hf_config import read_json_object
+
+MAX_NEW_TOKENS = 256
+
+
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    n: int = 1,
+    *,
+    stream: bool = True,
+) -> list[dict[str, Any]]:
+    """Continue a prompt.
+
+    Args:
+        model: Folder in Hugging Face layout, with a tokenizer.json.
+        prompt: Text to continue.
+        max_new_tokens: Tokens to write at most; none: 256, or as many as the context has room for.
+        temperature: Divides the logits; 0: take the likeliest token.
+        top_k: Draw from this many likeliest tokens; 0: from all.
+        top_p: Draw from the likeliest tokens that together have this probability; 1: from all.
+        seed: Of the random numbers.
+        n: Continuations; a single one is shown as it comes.
+        stream: Write the text to the terminal.
+
+    Returns:
+        Text, tokens, log-probabilities and finish reason of each.
+
+    Raises:
+        ValueError: If the folder does not exist, or the prompt is empty or leaves no room in the context.
+    """
+    network, tokenizer = load(model)
+    ids = tokenizer.encode(prompt).ids
+    context = network.config.max_position_embeddings
+    if not 1 <= len(ids) < context:
+        raise ValueError(
+            f"prompt has {len(ids)} tokens, expected 1 to {context - 1} (max_position_embeddings {context} of {model})"
+        )
+    show = _Terminal(tokenizer) if stream and n == 1 else None
+    try:
+        samples = Generator(network).generate(
+            [ids],
+            n,
+            max_new_tokens=min(MAX_NEW_TOKENS, context - len(ids)) if max_new_tokens is None else max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=stop_tokens(Path(model), tokenizer),
+            seed=seed,
+            record_routing=False,
+            on_tokens=show,
+        )
+    finally:
+        if show is not None:
+            show.end()
+    figures = [_figures(tokenizer, sample) for sample in samples]
+    if stream and n > 1:
+        for number, sample in enumerate(figures, start=1):
+            print(f"--- {number} of {n}, {sample['finish_reason']}\n{sample['text']}")
+    return figures
+
+
+def load(folder: str) -> tuple[DeepSeek, Tokenizer]:
+    """Read model and tokenizer.
+
+    Raises:
+        ValueError: If there is no such folder, or as :func:`load_hf` and :func:`load_tokenizer`.
+        FileNotFoundError: If the folder lacks a file.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"model is {folder!r}, expected a folder in Hugging Face layout")
+    tokenizer = load_tokenizer(Path(folder) / "tokenizer.json")
+    return load_hf(folder), tokenizer
+
+
+def stop_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that end a text: those that the folder names, else the tokenizer's end of text."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            named = read_json_object(folder / name).get("eos_token_id")
+            if named is not None:
+                return [named] if isinstance(named, int) else list(named)
+    return [tokenizer.token_to_id(END_OF_TEXT)]
+
+
+def _figures(tokenizer: Tokenizer, sample: Sample) -> dict[str, Any]:
+    tokens = sample.tokens.tolist()
+    return {
+        "text": tokenizer.decode(tokens),
+        "tokens": tokens,
+        "logprobs": sample.logprobs.tolist(),
+        "finish_reason": sample.finish_reason,
+    }
+
+
+class _Terminal:
+    """Writes one sample's text as far as its bytes make whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.stream = DecodeStream(skip_special_tokens=True)
+        self.tokens: list[int] = []
+        self.written = ""
+
+    def __call__(self, samples: list[int], tokens: list[int]) -> None:
+        self.tokens += tokens
+        for token in tokens:
+            self._write(self.stream.step(self.tokenizer, token) or "")
+
+    def end(self) -> None:
+        """Write what is left, half a character perhaps, and a line end."""
+        text = self.tokenizer.decode(self.tokens)
+        self._write(text[len(self.written) :] + "\n")
+
+    def _write(self, text: str) -> None:
+        self.written += text
+        sys.stdout.write(text)
+        sys.stdout.flush()
