@@ -84,6 +84,7 @@ class PretrainModule(pl.LightningModule):
         self.expert_load: Tensor | None = None
         self.last_expert_load: Tensor | None = None
         self._step_tokens = 0
+        self._step_nll: Tensor | float = 0.0
 
     @property
     def progress(self) -> float:
@@ -130,10 +131,12 @@ class PretrainModule(pl.LightningModule):
                 balance = sum(sequence_balance_loss(gate.scores, topk, seq_len=seq_len) for gate in gates)
                 loss = loss + self.balance_loss_alpha * seq_len * balance
         self._step_tokens = int(batch["step_tokens"])
+        accumulate, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        self._step_nll = nll.detach() + (self._step_nll if batch_idx % accumulate else 0.0)
+        if (batch_idx + 1) % accumulate == 0:
+            self.log("train/loss", self._step_nll * ranks / self._step_tokens, prog_bar=True, sync_dist=True)
         # Lightning divides by the accumulation and takes the mean over ranks; the sum over both is wanted.
-        share = self.trainer.accumulate_grad_batches * self.trainer.world_size / self._step_tokens
-        self.log("train/loss", nll.detach() * share, prog_bar=True, sync_dist=True)
-        return loss * share
+        return loss * (accumulate * ranks / self._step_tokens)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add a batch to the validation metrics."""
