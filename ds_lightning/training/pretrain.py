@@ -38,6 +38,9 @@ class PretrainModule(pl.LightningModule):
         bias_update_speed: Step gamma of the selection bias, or a schedule of it; V3: 0.001, at the end 0.
         recompute: Trade time for memory: keep only the inputs of blocks for the backward pass.
 
+    Raises:
+        ValueError: If a number is out of range; in ``setup``, if model and data, or trainer, do not fit together.
+
     Attributes:
         tokens_seen: Tokens of completed optimizer steps, over all ranks.
         budget_progress: Share of the budget that is spent; a callback keeps it.
@@ -62,9 +65,20 @@ class PretrainModule(pl.LightningModule):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("total_tokens", total_tokens), ("lr", lr)):
-            if value <= 0:
+        for name, value in (("total_tokens", total_tokens), ("lr", lr), ("eps", eps)):
+            if not value > 0:
                 raise ValueError(f"{name} is {value}, expected more than 0")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas is {list(betas)}, expected two numbers from 0 to below 1")
+        weights = {
+            "weight_decay": weight_decay,
+            "mtp_loss_weight": mtp_loss_weight,
+            "balance_loss_alpha": balance_loss_alpha,
+            "bias_update_speed": bias_update_speed,
+        }
+        for name, weight in weights.items():
+            if not isinstance(weight, Schedule) and not weight >= 0:
+                raise ValueError(f"{name} is {weight}, expected 0 or more")
         self.config = config
         self.total_tokens = total_tokens
         self.optimizer = optimizer
@@ -92,11 +106,16 @@ class PretrainModule(pl.LightningModule):
         return min(max(self.tokens_seen / self.total_tokens, self.budget_progress), 1.0)
 
     def setup(self, stage: str) -> None:
-        """Check that the model has a row for every token of the data.
+        """Check that the model has a row for every token of the data, and that gradients are clipped as is done here.
 
         Raises:
-            ValueError: If it has not.
+            ValueError: If it has not, or they are not.
         """
+        limit, algorithm = self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
+        if limit is not None and not limit >= 0:
+            raise ValueError(f"trainer.gradient_clip_val is {limit}, expected 0 or more")
+        if algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm is {algorithm.value!r}, expected 'norm'")
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         shards = getattr(datamodule, "shards", None)
         if shards is not None and shards.manifest.vocab_size > self.config.vocab_size:
