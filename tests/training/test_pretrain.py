@@ -227,18 +227,18 @@ def test_the_norm_is_logged_before_clipping_and_clipped_over_all_gradients_toget
 
 
 def test_validation_measures_every_counted_token_and_trains_nothing() -> None:
-    batches = [draw_step(seed, documents=True) for seed in (5, 6)]
+    first, second = (draw_step(seed, documents=True) for seed in (5, 6))
     module = build().double()
     assert module.model is not None
-    model = copy.deepcopy(module.model)
-    nats = tokens = num_bytes = 0.0
-    for batch in batches:
-        counted = [label for row in batch["labels"].tolist() for label in row if label != IGNORE]
-        nats += float(plain_terms(model, batch)[0]) * len(counted)
-        tokens += len(counted)
-        num_bytes += sum(label % 5 for label in counted)
-    run = trainer(precision="64-true")
-    for measure in (run.validate, run.test, run.validate):  # what one has summed is not in the next
+    model, run = copy.deepcopy(module.model), trainer(precision="64-true")
+    # What one measurement has summed is not in the next.
+    for measure, batches in ((run.validate, [first]), (run.test, [second]), (run.validate, [first, second])):
+        nats = tokens = num_bytes = 0.0
+        for batch in batches:
+            counted = [label for row in batch["labels"].tolist() for label in row if label != IGNORE]
+            nats += float(plain_terms(model, batch)[0]) * len(counted)
+            tokens += len(counted)
+            num_bytes += sum(label % 5 for label in counted)
         (metrics,) = measure(module, datamodule=Rows([], batches), verbose=False)
         assert metrics["val/loss"] == pytest.approx(nats / tokens, rel=1e-6)
         assert metrics["val/ppl"] == pytest.approx(math.exp(nats / tokens), rel=1e-6)
