@@ -1,11 +1,13 @@
 """When money or time is up: what a run may cost steers its schedule and ends it."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ds_lightning.callbacks.checkpoints import Checkpoints
 from ds_lightning.callbacks.cost_ledger import CostLedger
+
+_Found = TypeVar("_Found", bound=Callback)
 
 
 class Budget(Callback):
@@ -20,10 +22,11 @@ class Budget(Callback):
         hours: Device-hours that training may take; none: no limit.
 
     Attributes:
-        reached: Whether the budget has ended the run.
+        reached: Whether the budget has ended the run before its last step.
 
     Raises:
-        ValueError: If a limit is not positive.
+        ValueError: If a limit is not positive; in ``setup``, if the trainer has no callback that books the cost, or
+            none that saves.
     """
 
     def __init__(self, usd: float | None = None, hours: float | None = None) -> None:
@@ -33,28 +36,45 @@ class Budget(Callback):
         self.usd = usd
         self.hours = hours
         self.reached = False
-        self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is something to go by, and forget an earlier run of the same callback."""
+        if stage == "fit" and self._is_limited:
+            _find(trainer, CostLedger)
+            _find(trainer, Checkpoints)
+            self.reached = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up what earlier attempts have cost."""
-        self._step = trainer.global_step
         self._follow(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the progress after an optimizer step, before the schedule of the next one is asked."""
-        if trainer.global_step != self._step:
-            self._step = trainer.global_step
-            self._follow(trainer, pl_module)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Move the progress: Lightning asks for the learning rate of the next step right after this one."""
+        self._follow(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell whether the run has more to do."""
+        self.reached = self._is_limited and pl_module.budget_progress >= 1 and _find(trainer, Checkpoints).stopped
+
+    @property
+    def _is_limited(self) -> bool:
+        return self.usd is not None or self.hours is not None
 
     def _follow(self, trainer: Any, pl_module: Any) -> None:
-        if self.usd is None and self.hours is None:
+        if not self._is_limited:
             return
         spent = 0.0
-        ledger = next(c for c in trainer.callbacks if isinstance(c, CostLedger)).ledger
+        ledger = _find(trainer, CostLedger).ledger
         if ledger is not None:
             totals = ledger.totals()
             spent = max(totals.usd / (self.usd or float("inf")), totals.device_hours / (self.hours or float("inf")))
         pl_module.budget_progress = float(trainer.strategy.broadcast(spent))
         if pl_module.budget_progress >= 1:
-            self.reached = True
-            next(c for c in trainer.callbacks if isinstance(c, Checkpoints)).save_and_stop()
+            _find(trainer, Checkpoints).save_and_stop()
+
+
+def _find(trainer: Any, kind: type[_Found]) -> _Found:
+    for callback in trainer.callbacks:
+        if isinstance(callback, kind):
+            return callback
+    raise ValueError(f"Budget: trainer.callbacks has no {kind.__name__}, expected one: add it, or remove Budget")

@@ -58,7 +58,7 @@ class WarmupStableDecay(Schedule):
         final: float = 0.0,
         shape: Literal["linear", "cosine"] = "linear",
     ) -> None:
-        if warmup < 0 or decay < 0 or warmup + decay > 1:
+        if not (warmup >= 0 and decay >= 0 and warmup + decay <= 1):
             raise ValueError(f"warmup is {warmup} and decay {decay}, expected shares of the run that sum to at most 1")
         if not 0 <= final <= 1:
             raise ValueError(f"final is {final}, expected a factor between 0 and 1")
@@ -83,9 +83,14 @@ class V3Schedule(Schedule):
 
     Args:
         warmup: Progress at which the rise ends; 2K of the first, small batches (12.6M tokens) are 0.0017 of the run.
+
+    Raises:
+        ValueError: If the rise does not end before the fall begins.
     """
 
     def __init__(self, warmup: float = 0.0017) -> None:
+        if not 0 <= warmup <= 10 / 14.8:
+            raise ValueError(f"warmup is {warmup}, expected a share of the run from 0 to 0.6757 (10T tokens)")
         self.warmup = warmup
 
     def __call__(self, progress: float) -> float:
