@@ -1,5 +1,6 @@
 """What all training of a DeepSeek model shares: the model, its optimizer and schedule, and the routing biases."""
 
+from abc import abstractmethod
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ class DeepSeekModule(pl.LightningModule):
         recompute: Trade time for memory: keep only the inputs of blocks for the backward pass.
 
     Raises:
-        ValueError: If a number is out of range; in ``setup``, if the trainer clips gradients otherwise than is done here.
+        ValueError: If a number is out of range; in ``setup``, if the trainer clips gradients in another way.
 
     Attributes:
         tokens_seen: Tokens of completed optimizer steps, over all ranks.
@@ -87,9 +88,9 @@ class DeepSeekModule(pl.LightningModule):
         self._step_tokens = 0
 
     @property
+    @abstractmethod
     def planned_progress(self) -> float:
         """Share of the planned work that is done."""
-        raise NotImplementedError
 
     @property
     def progress(self) -> float:

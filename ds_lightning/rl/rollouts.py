@@ -1,0 +1,353 @@
+"""Rollouts as a dataset: iterating it lets the current policy answer problems, scores them, and yields batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from ds_lightning.generation import Generator, Sample
+from ds_lightning.losses.policy import Totals
+from ds_lightning.rl.advantages import ScaleRewards, group_advantages, useful_groups
+from ds_lightning.rl.builtin_rewards import THINK
+from ds_lightning.rl.experience import Completion, Experience, collate
+from ds_lightning.rl.prompting import Prompter
+from ds_lightning.rl.rewards import Reward, RewardBatch, Scorer
+from ds_lightning.rl.sandbox import Limits
+from ds_lightning.rl.tasks import Problem, Prompt, Task
+
+
+@runtime_checkable
+class _Phases(Protocol):
+    """A callback that books time by phase."""
+
+    def phase(self, name: str) -> AbstractContextManager[Any]: ...
+
+
+class RolloutDataModule(pl.LightningDataModule):
+    """Problems, answers of the current policy, rewards and advantages, as batches for :class:`GRPOModule`.
+
+    DeepSeek-R1 (arXiv:2501.12948v2, section 2.1): a rollout is ``prompts`` problems with ``num_generations`` answers
+    each; it is split at random into ``steps_per_rollout`` optimizer steps, each answer used once. With one step a
+    rollout, training is strictly on-policy. Problems and random numbers depend on the seed and on how many problems
+    came before, so a resumed run goes on as if it had not stopped; where it stops within a rollout, the rollout is
+    part of the checkpoint.
+
+    Args:
+        task: Where problems come from.
+        rewards: What answers are scored with.
+        tokenizer: Path of the ``tokenizer.json`` beside the weights to start from.
+        rollouts: Rollouts of the run.
+        prompts: Problems of a rollout, over all ranks. R1-Zero: 512.
+        num_generations: Answers a problem. R1: 16.
+        steps_per_rollout: Optimizer steps that a rollout is split into. R1: 16.
+        max_completion_length: Tokens of an answer.
+        temperature: Of sampling, and of the policy that is trained. R1: 1, in its second stage 0.7.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        top_k: Sample from this many likeliest tokens; 0: from all.
+        scale_rewards: Deviation that divides advantages: that of the group, of the rollout, or none.
+        equal_groups: Groups whose rewards are all equal give no gradient: ``keep`` them in the batches, ``skip`` them
+            (the same gradient at less cost, but for a KL term), or ``resample`` other problems in their place
+            (dynamic sampling, DAPO, arXiv:2503.14476, section 3.2).
+        max_resamples: Further rounds of problems with ``resample``; what is then missing stays missing.
+        max_batch: Answers that are generated together at most.
+        limits: What scoring one answer may use.
+        workers: Processes that score.
+        seed: Of problems and sampling.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        rewards: list[Reward],
+        tokenizer: str,
+        rollouts: int,
+        prompts: int = 16,
+        num_generations: int = 8,
+        steps_per_rollout: int = 1,
+        max_completion_length: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        scale_rewards: ScaleRewards = "group",
+        equal_groups: Literal["keep", "skip", "resample"] = "keep",
+        max_resamples: int = 3,
+        max_batch: int = 128,
+        limits: Limits | None = None,
+        workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        numbers = {
+            "rollouts": rollouts,
+            "prompts": prompts,
+            "steps_per_rollout": steps_per_rollout,
+            "max_completion_length": max_completion_length,
+            "max_batch": max_batch,
+            "workers": workers,
+        }
+        for name, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if num_generations < 2:
+            raise ValueError(f"num_generations is {num_generations}, expected at least 2: a group is its own baseline")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}, expected more than 0: exploration needs chance")
+        if prompts * num_generations % steps_per_rollout:
+            raise ValueError(
+                f"steps_per_rollout is {steps_per_rollout}, expected a divisor of prompts times num_generations, "
+                f"{prompts * num_generations}"
+            )
+        self.task = task
+        self.scorer = Scorer(rewards, workers=workers, limits=limits)
+        self.tokenizer_path = tokenizer
+        self.rollouts = rollouts
+        self.prompts = prompts
+        self.num_generations = num_generations
+        self.steps_per_rollout = steps_per_rollout
+        self.max_completion_length = max_completion_length
+        self.temperature = temperature
+        self.top_p = top_p
+        self.top_k = top_k
+        self.scale_rewards = scale_rewards
+        self.equal_groups = equal_groups
+        self.max_resamples = max_resamples
+        self.max_batch = max_batch
+        self.seed = seed
+        self.prompter: Prompter | None = None
+        self._next_problem = 0
+        self._steps: list[list[Experience]] = []  # of the running rollout
+        self._scoring = False
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.rollouts * self.steps_per_rollout
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the tokenizer.
+
+        Raises:
+            ValueError: If ranks and accumulation cannot share a step evenly.
+        """
+        if self.prompter is None:
+            self.prompter = Prompter(self.tokenizer_path)
+        _, world_size, accumulate = self._layout()
+        per_step = self.prompts * self.num_generations // self.steps_per_rollout
+        if per_step % (world_size * accumulate) or self.prompts % world_size:
+            raise ValueError(
+                f"prompts is {self.prompts}, with {self.num_generations} answers each in {self.steps_per_rollout} steps; "
+                f"expected that {world_size} ranks times accumulate_grad_batches {accumulate} share a step evenly"
+            )
+
+    def teardown(self, stage: str) -> None:
+        """End the scoring processes."""
+        if self._scoring:
+            self.scorer.__exit__(None, None, None)
+            self._scoring = False
+
+    def train_dataloader(self) -> RolloutLoader:
+        """Return the micro-batches of this rank, generated as they are asked for."""
+        return RolloutLoader(self)
+
+    def val_dataloader(self) -> list[dict[str, Any]]:
+        """Return one empty batch: what is measured on held-out problems, a callback measures."""
+        return [{}]
+
+    def batches(self) -> Iterator[Experience]:
+        """Yield micro-batches from where the run stands; a rollout is made when its first one is asked for."""
+        done = self.trainer.global_step if self.trainer is not None else 0
+        for rollout in range(done // self.steps_per_rollout, self.rollouts):
+            first = done % self.steps_per_rollout if rollout == done // self.steps_per_rollout else 0
+            if first == 0:
+                self._steps = self._collect(rollout)
+            for step in self._steps[first:]:
+                yield from step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many problems were posed, and the running rollout if steps of it are left."""
+        within = self.trainer is not None and self.trainer.global_step % self.steps_per_rollout
+        return {"next_problem": self._next_problem, "steps": self._steps if within else []}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._next_problem = state_dict["next_problem"]
+        self._steps = state_dict["steps"]
+
+    def _collect(self, rollout: int) -> list[list[Experience]]:
+        """Make a rollout: return the micro-batches of each of its steps on this rank."""
+        kept, skipped, metrics = self._groups()
+        steps = self.steps_per_rollout
+        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(self.seed + rollout)).tolist()
+        parts = [[kept[place] for place in order[number::steps]] or kept[:1] for number in range(steps)]
+        missing = len(skipped) // steps, sum(len(completion.sample.tokens) for completion in skipped) // steps
+        micro_batches = [self._step(part, *missing) for part in parts]
+        micro_batches[0][0]["metrics"] = metrics
+        self._prepare(micro_batches)
+        return micro_batches
+
+    def _step(self, members: Sequence[Completion], skipped: int, skipped_tokens: int) -> list[Experience]:
+        """Return the micro-batches of a step, those of similar length together.
+
+        Args:
+            members: The answers of this rank that are in it.
+            skipped: Answers that count in the mean, without a gradient.
+            skipped_tokens: Their tokens.
+        """
+        assert self.prompter is not None
+        ordered = sorted(members, key=lambda completion: completion.length)
+        totals = Totals(
+            sequences=self._sum(len(members) + skipped),
+            tokens=self._sum(sum(len(completion.sample.tokens) for completion in members) + skipped_tokens),
+            max_tokens=self.max_completion_length,
+        )
+        accumulate = self._layout()[2]
+        size = math.ceil(len(ordered) / accumulate)
+        parts = [ordered[start : start + size] or ordered[:0] for start in range(0, size * accumulate, size)]
+        experience = [collate(part or _silent(ordered[:1]), totals, pad_id=self.prompter.pad_id) for part in parts]
+        for micro in experience:
+            micro["step_tokens"] = self._sum(sum(completion.length for completion in members))
+            micro["step_samples"] = self._sum(sum(completion.advantage != 0 for completion in members))
+        return experience
+
+    def _groups(self) -> tuple[list[Completion], list[Completion], dict[str, float]]:
+        """Answer problems; return the answers to learn from, those that only count in the mean, and metrics."""
+        wanted, kept, every, rewards = self.prompts // self._layout()[1], list[list[Completion]](), [], []
+        for _ in range(1 + (self.max_resamples if self.equal_groups == "resample" else 0)):
+            groups, scored, useful = self._answer(wanted)
+            rewards.append(scored)
+            every += groups
+            kept += [group for group, has_gradient in zip(groups, useful, strict=True) if has_gradient]
+            if len(kept) >= wanted:
+                break
+        if self.equal_groups == "keep" or not kept:  # where none has a gradient, a step still needs a batch
+            kept = every[:wanted]
+        kept = kept[:wanted]
+        in_batch = {id(group) for group in kept}
+        skipped = [group for group in every if id(group) not in in_batch] if self.equal_groups == "skip" else []
+        metrics = self._metrics([completion for group in every for completion in group], rewards)
+        return [one for group in kept for one in group], [one for group in skipped for one in group], metrics
+
+    def _answer(self, count: int) -> tuple[list[list[Completion]], RewardBatch, list[bool]]:
+        """Pose the next problems, and return the groups of answers, their rewards, and which groups are useful."""
+        assert self.prompter is not None
+        rank, world_size, _ = self._layout()
+        numbers = range(self._next_problem + rank, self._next_problem + count * world_size, world_size)
+        self._next_problem += count * world_size
+        problems = [self.task.problem(number, self.seed) for number in numbers]
+        policy: Any = self.trainer.lightning_module
+        with self._phase("rollout"):
+            samples = self.prompter.complete(
+                Generator(policy.model),
+                [problem.prompt for problem in problems],
+                self.num_generations,
+                max_new_tokens=self.max_completion_length,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                seed=self.seed,
+                keys=list(numbers),
+                max_batch=self.max_batch,
+            )
+        with self._phase("reward"):
+            if not self._scoring:
+                self.scorer.__enter__()
+                self._scoring = True
+            scored = score(self.scorer, self.prompter, problems, samples)
+        totals = torch.tensor([math.nan if reward is None else reward for reward in scored.total])
+        advantages, _ = group_advantages(totals, self.num_generations, scale_rewards=self.scale_rewards)
+        encoded = [self.prompter.encode(problem.prompt) for problem in problems]
+        completions = [
+            Completion(encoded[sample.prompt], sample, advantage)
+            for sample, advantage in zip(samples, advantages.tolist(), strict=True)
+        ]
+        size = self.num_generations
+        groups = [completions[start : start + size] for start in range(0, len(completions), size)]
+        return groups, scored, useful_groups(totals, size).tolist()
+
+    def _metrics(self, completions: Sequence[Completion], scored: Sequence[RewardBatch]) -> dict[str, float]:
+        """Return what TRL logs of a rollout, under its names."""
+        totals = torch.tensor([math.nan if one is None else one for batch in scored for one in batch.total])
+        _, found = group_advantages(totals, self.num_generations, scale_rewards=self.scale_rewards)
+        lengths = torch.tensor([len(completion.sample.tokens) for completion in completions], dtype=torch.float)
+        ended = torch.tensor([completion.sample.finish_reason == "stop" for completion in completions])
+        metrics = {name: float(value) for name, value in found.items()} | scored[-1].metrics()
+        metrics["completions/mean_length"] = float(lengths.mean())
+        metrics["completions/min_length"] = float(lengths.min())
+        metrics["completions/max_length"] = float(lengths.max())
+        metrics["completions/clipped_ratio"] = 1 - float(ended.float().mean())
+        if ended.any():
+            metrics["completions/mean_terminated_length"] = float(lengths[ended].mean())
+        return metrics
+
+    def _prepare(self, steps: list[list[Experience]]) -> None:
+        """Add what the loss needs of other weights: of those that sampled, and of the reference."""
+        policy: Any = self.trainer.lightning_module
+        with self._phase("logprob"):
+            policy.prepare(steps)
+
+    def _phase(self, name: str) -> AbstractContextManager[Any]:
+        callbacks: list[Any] = self.trainer.callbacks if self.trainer is not None else []  # type: ignore[attr-defined]
+        books = next((callback for callback in callbacks if isinstance(callback, _Phases)), None)
+        return nullcontext() if books is None else books.phase(name)
+
+    def _sum(self, value: int) -> int:
+        """Return the sum over ranks."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return value
+        total: Tensor = self.trainer.strategy.reduce(
+            torch.tensor(value, device=self.trainer.strategy.root_device), reduce_op="sum"
+        )
+        return int(total)
+
+    def _layout(self) -> tuple[int, int, int]:
+        """Return rank, ranks and accumulation."""
+        if self.trainer is None:
+            return 0, 1, 1
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
+
+
+def _silent(completions: Sequence[Completion]) -> list[Completion]:
+    """Return completions that change nothing: every micro-batch needs a row."""
+    return [Completion(completion.prompt, completion.sample, 0.0) for completion in completions]
+
+
+class RolloutLoader:
+    """An iterable whose length is the whole run: Lightning then fetches no batch before the step before it is done."""
+
+    def __init__(self, data: RolloutDataModule) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return self.data.num_steps * self.data._layout()[2]
+
+    def __iter__(self) -> Iterator[Experience]:
+        return self.data.batches()
+
+
+def score(scorer: Scorer, prompter: Prompter, problems: Sequence[Problem], samples: Sequence[Sample]) -> RewardBatch:
+    """Score samples, each an answer to the problem of its number; a column that a problem lacks is None for it."""
+    names = sorted({name for problem in problems for name in problem.columns})
+    prompts, completions = list[Prompt](), list[Prompt]()
+    columns: dict[str, list[Any]] = {name: [] for name in (*names, "completion_tokens")}
+    for sample in samples:
+        problem, text = problems[sample.prompt], prompter.decode(sample)
+        prompts.append(problem.prompt)
+        if isinstance(problem.prompt, str):
+            completions.append(text)
+        else:  # the generation prompt may hold the tag that begins the answer
+            begun = THINK[0] if prompter.text(problem.prompt).endswith(THINK[0]) else ""
+            completions.append([{"role": "assistant", "content": begun + text}])
+        for name in names:
+            columns[name].append(problem.columns.get(name))
+        columns["completion_tokens"].append(len(sample.tokens))
+    return scorer.score(prompts, completions, columns)
