@@ -84,7 +84,8 @@ def _grouped(rewards: Tensor, group_size: int) -> Tensor:
             f"{len(rewards)} rewards in groups of {group_size}, expected a positive multiple: the samples of a prompt "
             "stand together"
         )
-    return rewards.unflatten(0, (-1, group_size))
+    groups: Tensor = rewards.unflatten(0, (-1, group_size))
+    return groups
 
 
 def _nanstd(values: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def test_metrics_are_those_of_loops() -> None:
     apart = [float(case["ref_logprobs"][p] - case["logprobs"][p]) for p in places]
 
     def mean(values: Any) -> float:
-        return sum(values) / len(places)
+        return float(sum(values)) / len(places)
 
     def shares(hits: dict[tuple[int, int], float]) -> list[float]:
         return [sum(hits[i, t] for t in range(n)) / n for i, n in enumerate(LENGTHS)]

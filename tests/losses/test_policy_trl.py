@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow  # importing trl takes longer than all that is tes
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
 
 
-def trls(case: dict[str, Any], loss_type: str, level: str, entropy: Tensor) -> tuple[Tensor, dict[str, float]]:
+def trl_loss(case: dict[str, Any], loss_type: str, level: str, entropy: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Return the loss and the metrics of a trainer that is asked for nothing but them."""
     accelerator = SimpleNamespace(
         num_processes=1, is_main_process=False, reduce=lambda x, reduction: x, gather=lambda x: x
@@ -62,7 +62,9 @@ def trls(case: dict[str, Any], loss_type: str, level: str, entropy: Tensor) -> t
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_gradient_and_metrics_are_those_of_trl(variant: str) -> None:
-    case, results = draw(), []
+    case = draw()
+    results: list[tuple[Tensor, Tensor, dict[str, float]]] = []
+    metrics: dict[str, Any]
     entropy = case["logprobs"].square()
     loss_type, level = ("grpo", "sequence") if variant == "gspo" else (variant, "token")
     for ours in (True, False):
@@ -74,7 +76,7 @@ def test_loss_gradient_and_metrics_are_those_of_trl(variant: str) -> None:
                 entropy=entropy,
             )  # fmt: skip
         else:
-            loss, metrics = trls(mine, loss_type, level, entropy)
+            loss, metrics = trl_loss(mine, loss_type, level, entropy)
         results.append((loss.detach(), *torch.autograd.grad(loss, leaf), {k: float(v) for k, v in metrics.items()}))
     # a sum of a few dozen terms in fp64; TRL divides in fp32 where it averages over a count
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-7, atol=0)

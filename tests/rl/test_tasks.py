@@ -111,9 +111,10 @@ def test_every_line_comes_once_before_any_comes_twice_in_an_order_of_the_seed(li
 
 def test_prompts_become_messages(lines: Path) -> None:
     task = load_task(str(lines), chat=True, system="Answer.", template="Q: {question}")
-    system, user = task.problem(0, 0).prompt
+    prompt = task.problem(0, 0).prompt
+    assert isinstance(prompt, list)
+    system, user = prompt
     assert system == {"role": "system", "content": "Answer."}
-    assert isinstance(user, dict)
     assert user["role"] == "user"
     assert user["content"].startswith("Q: What is ")
 
