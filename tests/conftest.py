@@ -14,7 +14,7 @@ from typing import Any
 
 import jaxtyping
 
-_SHAPED = ("ops", "nn", "models", "losses")
+_SHAPED = ("ops", "nn", "models", "losses", "generation")
 jaxtyping.install_import_hook([f"ds_lightning.{name}" for name in _SHAPED], "beartype.beartype")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported: local folders only, at once
 

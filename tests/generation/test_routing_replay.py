@@ -137,6 +137,7 @@ def test_log_probabilities_for_training_carry_the_gradient() -> None:
     expected = torch.log_softmax(model.logits(model(ids)) / 0.5, -1)
     for row in range(2):
         for position in range(6):
-            assert logprobs[row, position] == pytest.approx(expected[row, position, ids[row, position + 1]], abs=1e-5)
+            wanted = expected[row, position, ids[row, position + 1]].item()
+            assert logprobs[row, position].item() == pytest.approx(wanted, abs=1e-5)
     logprobs.sum().backward()
     assert all(weight.grad is not None for weight in model.layers.parameters())
