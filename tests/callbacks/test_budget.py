@@ -15,6 +15,7 @@ from ds_lightning.callbacks import Budget, Checkpoints, CostLedger
 from ds_lightning.cost import Ledger
 from ds_lightning.optim import WarmupStableDecay
 from ds_lightning.training import checkpoint
+from tests.callbacks.toy_run import At, stop
 from tests.training.toy_pretraining import Recorder, Rows, build, draw_step, split, trainer
 
 STEPS = 12
@@ -40,14 +41,20 @@ class Run:
     """One attempt of a run of ``STEPS`` steps in ``folder``, which goes on where an earlier one stopped."""
 
     def __init__(
-        self, folder: Path, budget: Budget, *, startup: float = 0.0, steps: int = STEPS, accumulate: int = 1
+        self,
+        folder: Path,
+        budget: Budget,
+        *callbacks: Callback,
+        startup: float = 0.0,
+        steps: int = STEPS,
+        accumulate: int = 1,
     ) -> None:
         self.budget, self.clock, self.recorder = budget, Clock(), Recorder()
         cost = CostLedger("mine", usd_per_device_hour=2.0)
         cost.ledger = Ledger.open(folder / "ledger.jsonl", cost.price, clock=self.clock, started_ns=0, background=False)
         self.clock.hours = startup
         self.module = build(steps * STEP_TOKENS, lr=0.01, lr_schedule=FALL)
-        callbacks = [self.clock, cost, budget, self.recorder, Checkpoints(every_n_steps=100)]
+        callbacks = (self.clock, cost, budget, self.recorder, Checkpoints(every_n_steps=100), *callbacks)
         self.trainer = trainer(*callbacks, accumulate=accumulate, default_root_dir=folder, enable_checkpointing=True)
         newest, _ = checkpoint.newest_valid(folder / "checkpoints")
         done = checkpoint.verify(newest).step if newest else 0
@@ -155,6 +162,12 @@ def test_a_run_that_finishes_in_the_step_of_its_last_dollar_is_finished(tmp_path
     run = Run(tmp_path, Budget(hours=3), steps=3)
     assert run.step == 3
     assert run.progress == 1.0
+    assert not run.budget.reached
+
+
+def test_a_run_that_something_else_stops_has_not_reached_its_budget(tmp_path: Path) -> None:
+    run = Run(tmp_path, Budget(hours=9), At(stop, micro_batch=1))
+    assert run.step == 2
     assert not run.budget.reached
 
 
