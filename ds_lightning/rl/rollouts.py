@@ -145,8 +145,9 @@ class RolloutDataModule(pl.LightningDataModule):
         per_step = self.prompts * self.num_generations // self.steps_per_rollout
         if per_step % (world_size * accumulate) or self.prompts % world_size:
             raise ValueError(
-                f"prompts is {self.prompts}, with {self.num_generations} answers each in {self.steps_per_rollout} steps; "
-                f"expected that {world_size} ranks times accumulate_grad_batches {accumulate} share a step evenly"
+                f"prompts is {self.prompts}, num_generations {self.num_generations}, steps_per_rollout "
+                f"{self.steps_per_rollout}: expected that {world_size} ranks times accumulate_grad_batches {accumulate} "
+                "share a step evenly"
             )
 
     def teardown(self, stage: str) -> None:
@@ -244,10 +245,9 @@ class RolloutDataModule(pl.LightningDataModule):
         numbers = range(self._next_problem + rank, self._next_problem + count * world_size, world_size)
         self._next_problem += count * world_size
         problems = [self.task.problem(number, self.seed) for number in numbers]
-        policy: Any = self.trainer.lightning_module
         with self._phase("rollout"):
             samples = self.prompter.complete(
-                Generator(policy.model),
+                Generator(self._policy.model),
                 [problem.prompt for problem in problems],
                 self.num_generations,
                 max_new_tokens=self.max_completion_length,
@@ -291,9 +291,13 @@ class RolloutDataModule(pl.LightningDataModule):
 
     def _prepare(self, steps: list[list[Experience]]) -> None:
         """Add what the loss needs of other weights: of those that sampled, and of the reference."""
-        policy: Any = self.trainer.lightning_module
         with self._phase("logprob"):
-            policy.prepare(steps)
+            self._policy.prepare(steps)
+
+    @property
+    def _policy(self) -> Any:
+        assert self.trainer is not None, "a trainer asks for batches"
+        return self.trainer.lightning_module
 
     def _phase(self, name: str) -> AbstractContextManager[Any]:
         callbacks: list[Any] = self.trainer.callbacks if self.trainer is not None else []  # type: ignore[attr-defined]

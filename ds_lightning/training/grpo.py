@@ -196,12 +196,12 @@ class GRPOModule(DeepSeekModule):
 
     @property
     def _rollouts(self) -> Any:
-        return self.trainer.datamodule
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def _sampler_gap(self, micro: Experience) -> dict[str, float]:
         """Compare some completions with what the training forward computes when it chooses experts itself."""
         rows = micro["input_ids"][:GAP_ROWS]
-        some = Experience(**{**micro, "input_ids": rows, "mask": micro["mask"][:GAP_ROWS]})  # type: ignore[typeddict-item]
+        some = Experience(**{**micro, "input_ids": rows, "mask": micro["mask"][:GAP_ROWS]})
         some = self.trainer.strategy.batch_to_device(some)
         gates = list[Gate]()
         self._built(some["input_ids"], gates=gates)
