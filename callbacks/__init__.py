@@ -7,6 +7,7 @@ from ds_lightning.callbacks.budget import Budget
 from ds_lightning.callbacks.checkpoints import Checkpoints
 from ds_lightning.callbacks.cost_ledger import CostLedger
 from ds_lightning.callbacks.expert_load import ExpertLoad
+from ds_lightning.callbacks.pass_at_one import PassAtOne
 from ds_lightning.callbacks.preemption import Preemption
 from ds_lightning.callbacks.progress_bar import ProgressBar
 from ds_lightning.callbacks.routing_bias import RoutingBias
@@ -19,6 +20,7 @@ __all__ = [
     "Checkpoints",
     "CostLedger",
     "ExpertLoad",
+    "PassAtOne",
     "Preemption",
     "ProgressBar",
     "RoutingBias",
