@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,8 @@ def choose_efficiency(
     """Return the efficiency to plan with, and whether it was measured on this very device.
 
     Of the figures on the device the one whose model is nearest in active parameters; of all figures, if there is none
-    on the device. The range is that of similar models on devices with the same peak.
+    on the device. The range is that of similar models on devices with the same peak, of any models if there are not
+    two, and from half to double where there is a single figure.
 
     Args:
         hardware: The device.
@@ -84,7 +86,7 @@ def choose_efficiency(
     Raises:
         ValueError: If there is no such entry, or the number is no share of a peak.
     """
-    known = read_efficiencies()
+    known = _shipped_efficiencies()
     number = _number(asked)
     if number is not None:
         if not 0 < number <= 1:
@@ -101,13 +103,11 @@ def choose_efficiency(
     else:
         here = [entry for entry in known if entry.device == hardware.device]
         chosen = min(here or known, key=lambda entry: abs(math.log(entry.active_parameters / active_parameters)))
-    peers = [
-        entry.value
-        for entry in known
-        if known_hardware(entry.device).bf16_tflops == hardware.bf16_tflops
-        and 1 / COMPARABLE < entry.active_parameters / active_parameters < COMPARABLE
-    ]
-    values = [*peers, chosen.value]
+    same_peak = [entry for entry in known if known_hardware(entry.device).bf16_tflops == hardware.bf16_tflops]
+    similar = [e for e in same_peak if 1 / COMPARABLE < e.active_parameters / active_parameters < COMPARABLE]
+    values = {chosen.value, *(entry.value for entry in (similar if len(similar) > 1 else same_peak))}
+    if len(values) == 1:
+        values |= {chosen.value / 2, min(1.0, chosen.value * 2)}
     efficiency = Efficiency(
         name=chosen.name,
         value=chosen.value,
@@ -117,6 +117,11 @@ def choose_efficiency(
         source=chosen.source,
     )
     return efficiency, chosen.device == hardware.device
+
+
+@functools.cache
+def _shipped_efficiencies() -> tuple[Measured, ...]:
+    return tuple(read_efficiencies())
 
 
 def _number(asked: str | float | None) -> float | None:

@@ -128,7 +128,7 @@ def memory_per_device(
         gradients=gradients,
         optimizer=0.0 if layout.offload else kept,
         activations=activation_bytes(config, tokens, mixed=mixed, recompute=layout.recompute),
-        workspace=max(_logit_bytes(config, tokens, width), _expert_workspace(config, tokens, width)) + gathered,
+        workspace=max(_logit_bytes(config, tokens, width), _expert_workspace(config, layout, tokens, width)) + gathered,
         host=kept if layout.offload else 0.0,
     )
 
@@ -150,9 +150,7 @@ def activation_bytes(
             output; a CPU keeps neither.
     """
     width, hidden = 2 if mixed else 4, config.hidden_size
-    blocks = [
-        block_bytes(config, layer, tokens, width=width, padded_value=padded_value) for layer in _layers(config)
-    ]
+    blocks = [block_bytes(config, layer, tokens, width=width, padded_value=padded_value) for layer in _layers(config)]
     depth = config.num_nextn_predict_layers
     kept = sum(blocks)
     if recompute:
@@ -195,11 +193,6 @@ def kv_cache_bytes(config: DeepSeekConfig, tokens: float, *, width: int = 2) -> 
     return tokens * config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * width
 
 
-def with_zero(layout: Layout, stage: int) -> Layout:
-    """Return the layout at another ZeRO stage."""
-    return replace(layout, zero_stage=stage)
-
-
 def _norm(size: int) -> int:
     """The normalised input in fp32 and its scale."""
     return 4 * size + 4
@@ -227,9 +220,10 @@ def _logit_bytes(config: DeepSeekConfig, tokens: int, width: int) -> float:
     return config.vocab_size * (chunk * (4.0 + 2 * width) + width * config.hidden_size)
 
 
-def _expert_workspace(config: DeepSeekConfig, tokens: int, width: int) -> float:
+def _expert_workspace(config: DeepSeekConfig, layout: Layout, tokens: int, width: int) -> float:
     """Gradients and recomputed tensors within the backward pass of one expert layer, and its weights' gradients."""
     if not config.num_moe_layers:
         return 3.0 * width * tokens * config.intermediate_size
     hidden, ffn = config.hidden_size, config.moe_intermediate_size
-    return width * (_rows(config, tokens) * (2 * hidden + 7 * ffn) + config.n_routed_experts * 3.0 * hidden * ffn)
+    experts = config.n_routed_experts / layout.expert_parallel
+    return width * (_rows(config, tokens) * (2 * hidden + 7 * ffn) + experts * 3.0 * hidden * ffn)

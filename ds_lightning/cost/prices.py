@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def read_hardware(file: str | Path | None = None) -> list[Hardware]:
 
 def find_hardware(name: str) -> Hardware | None:
     """Return the facts on a device by its list name or by the name that torch gives it; none if it is not listed."""
-    for hardware in read_hardware():
+    for hardware in _shipped_hardware():
         if name.lower() == hardware.device or name in hardware.names:
             return hardware
     return None
@@ -163,11 +164,16 @@ def known_hardware(device: str) -> Hardware:
     """
     hardware = find_hardware(device)
     if hardware is None:
-        known = sorted(hardware.device for hardware in read_hardware())
+        known = sorted(hardware.device for hardware in _shipped_hardware())
         near = difflib.get_close_matches(device.lower(), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ","
         raise ValueError(f"device is {device!r}{hint} expected one of {', '.join(known)}")
     return hardware
+
+
+@functools.cache
+def _shipped_hardware() -> tuple[Hardware, ...]:
+    return tuple(read_hardware())
 
 
 def _newest_list() -> Path:

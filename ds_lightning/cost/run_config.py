@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "trainer.accelerator": "auto",
     "trainer.devices": "auto",
     "trainer.num_nodes": 1,
-    "trainer.precision": "32-true",
+    "trainer.precision": None,
     "trainer.accumulate_grad_batches": 1,
     "trainer.val_check_interval": 1.0,
     "trainer.limit_val_batches": 1.0,
@@ -94,10 +94,10 @@ class RunConfig:
         """Rows of an optimizer step after the ramp."""
         return int(self["data.init_args.batch_size"])
 
-    @property
-    def mixed(self) -> bool:
-        """Whether products run in 16 bits over fp32 weights."""
-        return str(self["trainer.precision"]).startswith(("bf16", "16"))
+    def mixed(self, device: str) -> bool:
+        """Whether products run in 16 bits; taken for granted where no precision is given and the device is a GPU."""
+        precision = self["trainer.precision"]
+        return device != "cpu" if precision is None else str(precision).startswith(("bf16", "16"))
 
     @property
     def devices(self) -> int | None:
@@ -117,7 +117,7 @@ class RunConfig:
         # d steps = d tokens / (first + (full - first) tokens / ramp)
         growth = (full - first) / ramp
         climbed = inside / first if growth == 0 else math.log1p(growth * inside / first) / growth
-        return climbed + (tokens - inside) / full
+        return float(climbed + (tokens - inside) / full)
 
 
 def read_run(files: str | Path | Sequence[str | Path]) -> RunConfig:
@@ -131,7 +131,16 @@ def read_run(files: str | Path | Sequence[str | Path]) -> RunConfig:
     content: dict[str, Any] = {}
     for path in paths:
         content = _merge(content, _resolved(_read(path), path))
-    names = ", ".join(map(str, paths))
+    return run_of(content, tuple(map(str, paths)))
+
+
+def run_of(content: dict[str, Any], files: tuple[str, ...]) -> RunConfig:
+    """Take what a plan needs out of a config.
+
+    Raises:
+        ValueError: If the config describes no model, no data or no tokens.
+    """
+    names = ", ".join(files)
     values = {key: _at(content, key, default) for key, default in DEFAULTS.items()}
     for key in REQUIRED:
         values[key] = _at(content, key, None)
@@ -141,7 +150,7 @@ def read_run(files: str | Path | Sequence[str | Path]) -> RunConfig:
     if not isinstance(shape, dict):
         raise ValueError(f"{names}: model.init_args.config is {shape!r}, expected a file or the fields of a model")
     return RunConfig(
-        files=tuple(map(str, paths)),
+        files=files,
         model=DeepSeekConfig.from_dict(shape),
         values=values,
         folder=_at(content, "data.init_args.folder", None),

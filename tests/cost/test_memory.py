@@ -1,4 +1,4 @@
-"""Oracles: the tensors that a running model's autograd keeps, counted by their storages, and ZeRO's published formulas."""
+"""Oracles: the tensors that a running model's autograd keeps, counted by storages, and ZeRO's published formulas."""
 
 from __future__ import annotations
 
@@ -9,18 +9,12 @@ import torch
 
 from ds_lightning.config import DeepSeekConfig
 from ds_lightning.cost.memory import (
-    Layout,
     activation_bytes,
-    kv_cache_bytes,
-    memory_per_device,
-    routed_params,
-    trained_params,
 )
 from ds_lightning.losses.load_balance import sequence_balance_loss
 from ds_lightning.losses.next_token import mtp_labels, next_token_loss
 from ds_lightning.models import DeepSeek
 from ds_lightning.ops.topk_gate import Gate
-from tests.cost.shapes import V3
 
 SMALL = DeepSeekConfig(
     vocab_size=512,
@@ -59,19 +53,21 @@ def kept_bytes(config: DeepSeekConfig, rows: int, seq: int, *, mixed: bool, reco
 
     ids = torch.randint(config.vocab_size, (rows, seq))
     gates: list[Gate] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            hidden = model(ids, gates=gates)
-            loss = next_token_loss(hidden, model.lm_head.weight, ids)
-            states = model.mtp_hidden(ids, hidden, gates=gates)
-            for depth, state in enumerate(states, start=1):
-                loss = loss + next_token_loss(state, model.lm_head.weight, mtp_labels(ids, depth))
-            loss = loss + sum(sequence_balance_loss(gate.scores, 2, seq_len=seq) for gate in gates)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        hidden = model(ids, gates=gates)
+        loss = next_token_loss(hidden, model.lm_head.weight, ids)
+        states = model.mtp_hidden(ids, hidden, gates=gates)
+        for depth, state in enumerate(states, start=1):
+            loss = loss + next_token_loss(state, model.lm_head.weight, mtp_labels(ids, depth))
+        loss = loss + sum(sequence_balance_loss(gate.scores, 2, seq_len=seq) for gate in gates)
     named = [hidden, *states, *(gate.weights for gate in gates)]
     held.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in named})
     head = (1 + config.num_nextn_predict_layers) * 4 * config.vocab_size * config.hidden_size if mixed else 0
     assert loss.isfinite()
-    return sum(storage.nbytes() for storage in held.values()) + head  # in mixed precision left out as of a weight's shape
+    return (
+        sum(storage.nbytes() for storage in held.values()) + head
+    )  # in mixed precision left out as of a weight's shape
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -81,7 +77,7 @@ def kept_bytes(config: DeepSeekConfig, rows: int, seq: int, *, mixed: bool, reco
     ids=["all", "no query rank", "dense"],
 )
 def test_activations_are_what_autograd_keeps(config: DeepSeekConfig, mixed: bool) -> None:
-    """Within 3 percent: the alignment of experts' rows is a mean, and a few tensors of a number a token are left out."""
+    """Within 3 percent: the alignment of experts' rows is a mean, and a few numbers a token are left out."""
     kept = kept_bytes(config, 4, 256, mixed=mixed, recompute=False)
     predicted = activation_bytes(config, 4 * 256, mixed=mixed, recompute=False, padded_value=False)
     assert predicted == pytest.approx(kept, rel=0.03)
