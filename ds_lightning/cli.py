@@ -208,9 +208,7 @@ def _plan(argv: list[str]) -> int:
         given = {key: value for key, value in options.items() if value not in (None, False)}
         for key in ("zero_stage", "offload", "calibration", "expert_parallel", "pipeline_parallel"):
             if key in given:
-                return _complain(
-                    f"{key} is {given[key]!r} with budget_usd, expected it with --config: plan the config then"
-                )
+                return _complain(f"plan: {key} is {given[key]!r} with budget_usd, expected it with a config only")
         if "device" not in given:
             return _complain("plan: budget_usd without a device, expected --device NAME, such as h200")
         report = plan_budget(budget, **given)

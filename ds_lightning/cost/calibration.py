@@ -44,7 +44,7 @@ class Calibration:
     export_seconds_per_parameter: float
     """Seconds of the export over the model's parameters."""
     startup_seconds: float
-    """Seconds of ``startup``, an attempt."""
+    """Seconds of ``startup``, an attempt; with the preparation of data, if that run prepared them."""
     idle_seconds: float
     """Seconds of ``idle``, an attempt."""
     heldout_tokens: int

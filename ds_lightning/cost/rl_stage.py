@@ -117,32 +117,39 @@ def plan_rl_stage(
     value = choose_efficiency(hardware, active_param_count(config, include_embedding=False), efficiency)[0].value
     rate = hardware.bf16_tflops * 1e12 * value * num_devices
     seconds = _rollout_seconds(config, stage, samples, decoding.seconds / decode_efficiency, rate)
-    hourly = num_devices / 3600
-    usd = price.usd_per_device_hour * hourly
+    hours = {name: each * rollouts * num_devices / 3600 for name, each in seconds.items()}
     phases = {
-        name: {"seconds": each * rollouts, "device_hours": each * rollouts * hourly, "usd": each * rollouts * usd}
-        for name, each in seconds.items()
+        name: {"seconds": seconds[name] * rollouts, "device_hours": each, "usd": each * price.usd_per_device_hour}
+        for name, each in hours.items()
     }
-    total = {key: sum(phase[key] for phase in phases.values()) for key in ("seconds", "device_hours", "usd")}
     return {
         "device": hardware.device,
         "num_devices": num_devices,
-        "samples": stage.steps * stage.samples_per_step,
         "rollouts": rollouts,
         "phases": phases,
-        "wall_seconds": total["seconds"],
-        "device_hours": total["device_hours"],
-        "usd": total["usd"],
-        "usd_per_sample": total["usd"] / (stage.steps * stage.samples_per_step),
-        "generation_share": phases["rollout"]["seconds"] / total["seconds"],
-        "tail_utilisation": stage.response_tokens / stage.longest_response,
+        **_totals(stage, phases),
         "read_gb_per_pass": decoding.read / 1e9,
         "generation_memory_gb": decoding.held / 1e9,
-        "tokens_per_second": samples * stage.response_tokens / seconds["rollout"],
         "assumption": (
             f"decoding reaches {decode_efficiency:.0%} of the memory's bandwidth, and the longest response of a "
             f"rollout has {stage.longest_response:,.0f} tokens at a mean of {stage.response_tokens:,.0f}"
         ),
+    }
+
+
+def _totals(stage: RLStage, phases: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return the sums over phases, and what they are a sample."""
+    samples = stage.steps * stage.samples_per_step
+    seconds, hours, usd = (sum(row[key] for row in phases.values()) for key in ("seconds", "device_hours", "usd"))
+    return {
+        "samples": samples,
+        "wall_seconds": seconds,
+        "device_hours": hours,
+        "usd": usd,
+        "usd_per_sample": usd / samples,
+        "generation_share": phases["rollout"]["seconds"] / seconds,
+        "tail_utilisation": stage.response_tokens / stage.longest_response,
+        "tokens_per_second": samples * stage.response_tokens / phases["rollout"]["seconds"],
     }
 
 

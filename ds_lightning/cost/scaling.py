@@ -26,7 +26,7 @@ MOST_DAYS = 60
 LEAST_STEPS = 100
 """Optimizer steps below which nothing is called trained."""
 
-HIDDEN = tuple(range(128, 1024, 64)) + tuple(range(1024, 7168 + 1, 256))
+HIDDEN = tuple(range(128, 1024, 64)) + tuple(range(1024, 7168 + 1, 128))
 """Widths that are considered."""
 
 SOURCES = {

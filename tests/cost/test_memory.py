@@ -9,31 +9,19 @@ import torch
 
 from ds_lightning.config import DeepSeekConfig
 from ds_lightning.cost.memory import (
+    Layout,
     activation_bytes,
+    block_bytes,
+    kv_cache_bytes,
+    memory_per_device,
+    routed_params,
+    trained_params,
 )
 from ds_lightning.losses.load_balance import sequence_balance_loss
 from ds_lightning.losses.next_token import mtp_labels, next_token_loss
 from ds_lightning.models import DeepSeek
 from ds_lightning.ops.topk_gate import Gate
-
-SMALL = DeepSeekConfig(
-    vocab_size=512,
-    hidden_size=128,
-    num_hidden_layers=3,
-    intermediate_size=320,
-    num_attention_heads=4,
-    q_lora_rank=48,
-    kv_lora_rank=40,
-    qk_nope_head_dim=24,
-    qk_rope_head_dim=8,
-    v_head_dim=40,
-    n_routed_experts=8,
-    n_shared_experts=1,
-    num_experts_per_tok=3,
-    moe_intermediate_size=96,
-    first_k_dense_replace=1,
-    num_nextn_predict_layers=1,
-)
+from tests.cost.shapes import SMALL, V3
 
 
 def kept_bytes(config: DeepSeekConfig, rows: int, seq: int, *, mixed: bool, recompute: bool) -> int:
@@ -81,3 +69,54 @@ def test_activations_are_what_autograd_keeps(config: DeepSeekConfig, mixed: bool
     kept = kept_bytes(config, 4, 256, mixed=mixed, recompute=False)
     predicted = activation_bytes(config, 4 * 256, mixed=mixed, recompute=False, padded_value=False)
     assert predicted == pytest.approx(kept, rel=0.03)
+
+
+def test_recomputation_keeps_the_inputs_of_blocks_and_one_block() -> None:
+    """Without the block that is made again in the backward pass, which the forward pass does not show."""
+    kept = kept_bytes(SMALL, 4, 256, mixed=False, recompute=True)
+    predicted = activation_bytes(SMALL, 4 * 256, mixed=False, recompute=True, padded_value=False)
+    largest = max(block_bytes(SMALL, layer, 4 * 256, width=4, padded_value=False) for layer in range(4))
+    assert predicted - largest == pytest.approx(kept, rel=0.03)
+    assert predicted < 0.6 * activation_bytes(SMALL, 4 * 256, mixed=False, recompute=False, padded_value=False)
+
+
+def test_states_follow_the_formulas_of_zero() -> None:
+    """ZeRO, figure 1, with K = 12 and gradients of 4 bytes instead of 2: (2 + 4 + K) P, divided stage by stage."""
+    parameters, devices = trained_params(SMALL), 8
+
+    def states(stage: int, *, num_devices: int = devices, offload: bool = False) -> tuple[float, float]:
+        layout = Layout(num_devices=num_devices, zero_stage=stage, offload=offload)
+        memory = memory_per_device(SMALL, layout, micro_rows=1, seq_len=64, mixed=True, optimizer="adamw")
+        return (memory.weights + memory.gradients + memory.optimizer) / parameters, memory.host / parameters
+
+    assert states(0, num_devices=1) == (2 + 4 + 12, 0)
+    assert states(0) == (2 + 8 + 12, 0)  # with the buckets of DDP
+    assert states(1) == pytest.approx((2 + 4 + 12 / devices, 0))
+    assert states(2) == pytest.approx((2 + (4 + 12) / devices, 0))
+    assert states(3) == pytest.approx(((2 + 4 + 12) / devices, 0))
+    assert states(2, offload=True) == pytest.approx((2 + 4 / devices, 12 / devices))
+
+
+def test_fp32_needs_no_second_weights_and_muon_one_moment() -> None:
+    def optimizer(kind: str, *, mixed: bool) -> float:
+        layout = Layout(num_devices=1)
+        return memory_per_device(SMALL, layout, micro_rows=1, seq_len=8, mixed=mixed, optimizer=kind).optimizer
+
+    parameters, tables = trained_params(SMALL), 2 * 512 * 128 + 3 * 8 * 128
+    assert optimizer("adamw", mixed=False) == 8 * parameters
+    assert optimizer("adamw", mixed=True) == 12 * parameters
+    assert optimizer("muon", mixed=False) == pytest.approx(4 * parameters + 4 * tables)
+
+
+def test_experts_and_layers_are_divided_over_devices() -> None:
+    routed, total = routed_params(V3), trained_params(V3)
+    layout = Layout(num_devices=2048, zero_stage=1, expert_parallel=64, pipeline_parallel=16)
+    memory = memory_per_device(V3, layout, micro_rows=1, seq_len=4096, mixed=True, optimizer="adamw")
+    assert memory.weights == pytest.approx(2 * ((total - routed) / 16 + routed / 1024))
+    assert memory.optimizer == pytest.approx(12 * total / 2048)
+    assert routed == 59 * 256 * 3 * 7168 * 2048
+
+
+def test_the_latent_cache_is_1152_bytes_a_token_and_layer() -> None:
+    """Of DeepSeek-V3 in 16 bits: 512 + 64 numbers."""
+    assert kv_cache_bytes(V3, 10) == 10 * 61 * 1152
