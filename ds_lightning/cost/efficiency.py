@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +75,9 @@ def choose_efficiency(
 ) -> tuple[Efficiency, bool]:
     """Return the efficiency to plan with, and whether it was measured on this very device.
 
-    Of the figures on the device the one whose model is nearest in active parameters; of all figures, if there is none
-    on the device. The range is that of similar models on devices with the same peak, of any models if there are not
-    two, and from half to double where there is a single figure.
+    Of similar models, in active parameters, the nearest on the device, else on one with the same peak; without any, the
+    nearest on the device, else of all. The range is that of similar models on devices with the same peak, of any models
+    if there are not two, and from half to double where there is a single figure.
 
     Args:
         hardware: The device.
@@ -101,10 +102,9 @@ def choose_efficiency(
             hint = f"; did you mean {near[0]}?" if near else ","
             raise ValueError(f"efficiency is {asked!r}{hint} expected a number or one of {', '.join(names)}")
     else:
-        here = [entry for entry in known if entry.device == hardware.device]
-        chosen = min(here or known, key=lambda entry: abs(math.log(entry.active_parameters / active_parameters)))
-    same_peak = [entry for entry in known if known_hardware(entry.device).bf16_tflops == hardware.bf16_tflops]
-    similar = [e for e in same_peak if 1 / COMPARABLE < e.active_parameters / active_parameters < COMPARABLE]
+        chosen = _nearest(known, hardware, active_parameters)
+    same_peak = [entry for entry in known if _same_peak(entry, hardware)]
+    similar = [entry for entry in same_peak if _similar(entry, active_parameters)]
     values = {chosen.value, *(entry.value for entry in (similar if len(similar) > 1 else same_peak))}
     if len(values) == 1:
         values |= {chosen.value / 2, min(1.0, chosen.value * 2)}
@@ -117,6 +117,26 @@ def choose_efficiency(
         source=chosen.source,
     )
     return efficiency, chosen.device == hardware.device
+
+
+def _nearest(known: Sequence[Measured], hardware: Hardware, active_parameters: int) -> Measured:
+    similar = [entry for entry in known if _similar(entry, active_parameters)]
+    groups = (
+        [entry for entry in similar if entry.device == hardware.device],
+        [entry for entry in similar if _same_peak(entry, hardware)],
+        [entry for entry in known if entry.device == hardware.device],
+        known,
+    )
+    candidates = next(group for group in groups if group)
+    return min(candidates, key=lambda entry: abs(math.log(entry.active_parameters / active_parameters)))
+
+
+def _similar(entry: Measured, active_parameters: int) -> bool:
+    return 1 / COMPARABLE < entry.active_parameters / active_parameters < COMPARABLE
+
+
+def _same_peak(entry: Measured, hardware: Hardware) -> bool:
+    return known_hardware(entry.device).bf16_tflops == hardware.bf16_tflops
 
 
 @functools.cache

@@ -19,14 +19,12 @@ TOKENS = 122_880
 SECONDS = {"startup": 8.0, "data": 1.0, "train": 40.0, "validate": 5.0, "checkpoint": 0.5, "export": 0.1, "idle": 0.2}
 
 
-def write_run(folder: Path, *, tokens: int = TOKENS, heldout: int = 30_000, **overrides: Any) -> Path:
-    """Write config, data manifest, ledger and report of a run of tiny.yaml that took ``SECONDS``."""
-    content = yaml.safe_load((CONFIGS / "pretrain/tiny.yaml").read_text())
-    content["model"]["init_args"]["config"] = yaml.safe_load((CONFIGS / "model/tiny.yaml").read_text())
+def write_run(folder: Path, *, tokens: int = TOKENS, heldout: int = 30_000, content: Any = None) -> Path:
+    """Write config, data manifest and report of a run; without a config, of tiny.yaml."""
+    if content is None:
+        content = yaml.safe_load((CONFIGS / "pretrain/tiny.yaml").read_text())
+        content["model"]["init_args"]["config"] = yaml.safe_load((CONFIGS / "model/tiny.yaml").read_text())
     content["data"]["init_args"]["folder"] = str(folder / "data")
-    for key, value in overrides.items():
-        section, _, name = key.partition("__")
-        content.setdefault(section, {})[name] = value
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "manifest.json").write_text(json.dumps({"splits": {"val": {"tokens": heldout}}}))
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
@@ -184,3 +182,17 @@ def test_a_budget_that_ends_before_the_first_token_is_refused(run_dir: Path, tmp
     overlay.write_text("budget: {hours: 0.0001}")
     with pytest.raises(ValueError, match="budget ends before the first token"):
         plan([run_dir / "config.yaml", overlay], calibration=calibrated(run_dir))
+
+
+def test_the_recorded_quickstart_is_planned(tmp_path: Path) -> None:
+    """docs/results/quickstart.json, which its budget of 0.1 hours ended: tokens and dollars within a tenth."""
+    record = json.loads((CONFIGS.parent / "docs/results/quickstart.json").read_text())["stage"]
+    content = yaml.safe_load((CONFIGS / "pretrain/quickstart.yaml").read_text())
+    content["model"]["init_args"]["config"] = yaml.safe_load((CONFIGS / "model/quickstart.yaml").read_text())
+    content["trainer"]["precision"] = "bf16-mixed"
+    folder = write_run(tmp_path / "run", tokens=record["tokens"], heldout=330_000, content=content)
+    book(folder, {phase: row["seconds"] for phase, row in record["phases"].items()})
+    report = plan(folder / "config.yaml", calibration=calibrated(folder))
+    assert report["usd"] == pytest.approx(record["usd"], rel=0.1)
+    assert report["tokens"] == pytest.approx(record["tokens"], rel=0.1)
+    assert report["device_hours"] > 0.1  # the last validation comes after the budget

@@ -107,7 +107,9 @@ def test_the_nearest_model_on_the_device_gives_the_efficiency() -> None:
 
     assert chosen("h100", 30e9) == "nvidia-v3-h100"
     assert chosen("h100", 2e9) == "torchtitan-16b-h100"
-    assert chosen("h200", 50e9) == "prime-rl-30b-h200"
+    assert chosen("h200", 2e9) == "prime-rl-30b-h200"
+    assert chosen("h200", 50e9) == "nvidia-v3-h100"  # the one on the device is of a model too small to compare
+    assert chosen("h200", 50e6) == "prime-rl-30b-h200"  # none is comparable
     efficiency, on_device = choose_efficiency(known_hardware("a100"), 30_000_000_000)
     assert not on_device
     assert efficiency.low <= efficiency.value <= efficiency.high
