@@ -32,6 +32,8 @@ HELP = """usage: ds-lightning COMMAND [options]
   generate   text from a model: ds-lightning generate --model HF_DIR --prompt 'Once upon a time'
   bench      measure against a peer: ds-lightning bench generate
   ledger     verify what a run has cost, and add it up: ds-lightning ledger RUN_DIR
+  plan       what a run will need and cost: ds-lightning plan --config FILE --device h100 --num_devices 8
+  calibrate  write what a run measured of its device, for plan --calibration: ds-lightning calibrate RUN_DIR FILE
 
 ds-lightning COMMAND --help lists the options of a command."""
 
@@ -51,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": _generate,
         "bench": _bench,
         "ledger": _ledger,
+        "plan": _plan,
+        "calibrate": _calibrate,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -217,4 +221,50 @@ def _ledger(argv: list[str]) -> int:
         print(json.dumps(report, indent=1))
     else:
         Console().print(ledger_table(report))
+    return DONE
+
+
+def _plan(argv: list[str]) -> int:
+    from rich.console import Console
+
+    from ds_lightning.cost import plan, plan_budget
+    from ds_lightning.cost.plan_table import plan_table
+
+    parser = _parser("plan")
+    parser.add_argument("--config", type=str, action="append", help="config of a run; again: over the one before")
+    parser.add_argument("--budget_usd", type=float, help="instead of a config: what this money buys, with its config")
+    parser.add_function_arguments(plan, skip={"config", "offload"})
+    parser.add_argument("--offload", action="store_true", help="keep the optimizer's states in the host's memory")
+    parser.add_argument("--json", action="store_true", help="print plain numbers as JSON")
+    options = _parse(parser, argv).as_dict()
+    as_json, budget = options.pop("json"), options.pop("budget_usd")
+    if (budget is None) == (not options["config"]):
+        return _complain("plan: expected either --config or --budget_usd")
+    if budget is None:
+        report = plan(**options)
+    else:
+        given = {key: value for key, value in options.items() if value not in (None, False)}
+        for key in ("zero_stage", "offload", "calibration", "expert_parallel", "pipeline_parallel"):
+            if key in given:
+                return _complain(f"plan: {key} is {given[key]!r} with budget_usd, expected it with a config only")
+        if "device" not in given:
+            return _complain("plan: budget_usd without a device, expected --device NAME, such as h200")
+        report = plan_budget(budget, **given)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        Console().print(plan_table(report))
+    return DONE
+
+
+def _calibrate(argv: list[str]) -> int:
+    from ds_lightning.cost.calibration import Calibration, calibration_from_run
+
+    parser = _parser("calibrate")
+    parser.add_argument("run_dir", type=str, help="folder of a run that came to its end")
+    parser.add_argument("file", type=str, help="JSON file to write")
+    options = _parse(parser, argv)
+    with writing(options.file):
+        Calibration(**calibration_from_run(options.run_dir)).write(options.file)
+    print(f"wrote {options.file}")
     return DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,24 @@ class Price:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Links:
+    """Memory of one device and its links to others, each a device and direction."""
+
+    memory_gb: float
+    """Memory in 1e9 bytes."""
+    memory_gb_per_s: float
+    """Bandwidth of that memory, reads and writes together."""
+    node_devices: int
+    """Devices that the faster link joins."""
+    node_gb_per_s: float
+    """Link to the other devices of the node."""
+    network_gb_per_s: float
+    """Link to other nodes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """Dense matmul peaks of one device."""
+    """What one device can do at most."""
 
     device: str
     """Device, as in the price list."""
@@ -63,6 +80,8 @@ class Hardware:
     """Dense peak in FP8, TFLOP/s; none: no FP8 units."""
     source: str
     """Who says so."""
+    links: Links
+    """Memory and links."""
 
 
 def find_price(
@@ -109,29 +128,52 @@ def read_prices(file: str | Path) -> list[Price]:
     """
     known = ("device", "usd_per_device_hour", "market", "date", "source")
     prices = []
-    for entry in _read_entries(Path(file), "prices", known):
+    for entry in read_entries(Path(file), "prices", known):
         entry["date"] = str(entry["date"])
         prices.append(Price(**entry))
     return prices
 
 
 def read_hardware(file: str | Path | None = None) -> list[Hardware]:
-    """Read the dense peaks of devices; ``file`` none: those that ship with the package.
+    """Read what devices can do; ``file`` none: those that ship with the package.
 
     Raises:
         ValueError: If the file is not a list of complete entries; the message names the entry.
     """
     path = Path(file) if file is not None else PRICES_DIR / "hardware.yaml"
-    known = ("device", "names", "bf16_tflops", "fp8_tflops", "source")
-    return [Hardware(**{**entry, "names": tuple(entry["names"])}) for entry in _read_entries(path, "hardware", known)]
+    known = ("device", "names", "bf16_tflops", "fp8_tflops", "source", "links")
+    return [
+        Hardware(**{**entry, "names": tuple(entry["names"]), "links": Links(**entry["links"])})
+        for entry in read_entries(path, "hardware", known)
+    ]
 
 
 def find_hardware(name: str) -> Hardware | None:
     """Return the facts on a device by its list name or by the name that torch gives it; none if it is not listed."""
-    for hardware in read_hardware():
+    for hardware in _shipped_hardware():
         if name.lower() == hardware.device or name in hardware.names:
             return hardware
     return None
+
+
+def known_hardware(device: str) -> Hardware:
+    """Return the facts on a device by its list name.
+
+    Raises:
+        ValueError: If it is not listed; the message names the nearest and all.
+    """
+    hardware = find_hardware(device)
+    if hardware is None:
+        known = sorted(hardware.device for hardware in _shipped_hardware())
+        near = difflib.get_close_matches(device.lower(), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ","
+        raise ValueError(f"device is {device!r}{hint} expected one of {', '.join(known)}")
+    return hardware
+
+
+@functools.cache
+def _shipped_hardware() -> tuple[Hardware, ...]:
+    return tuple(read_hardware())
 
 
 def _newest_list() -> Path:
@@ -139,11 +181,19 @@ def _newest_list() -> Path:
     return max(PRICES_DIR.glob("[0-9]*.yaml"))
 
 
-def _read_entries(path: Path, key: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+def read_entries(path: Path, key: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Read a YAML file that holds one list of entries with the same keys.
+
+    Raises:
+        ValueError: If it is no such file, or says that its money is not in US dollars.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    currency = content.get("currency", "USD") if isinstance(content, dict) else "USD"
+    if currency != "USD":
+        raise ValueError(f"{path}: currency is {currency!r}, expected USD: convert the prices and date the conversion")
     entries = content.get(key) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} has no list under {key!r}, expected entries with {', '.join(fields)}")

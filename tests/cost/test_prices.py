@@ -99,9 +99,11 @@ def test_peaks_are_dense_and_found_by_both_names() -> None:
         "h800": 989.5,
         "h200": 989.5,
         "b200": 2250,
+        "gb200": 2500,
         "a100": 312,
         "l40s": 362.05,
         "rtx4090": 165.2,
+        "cpu": 0.4,
     }
     assert find_hardware("NVIDIA H100 PCIe") is None
 
@@ -110,3 +112,12 @@ def test_prices_and_ledger_load_neither_torch_nor_lightning() -> None:
     code = "import sys, ds_lightning.cost; print([m for m in ('torch', 'lightning') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"
+
+
+def test_memory_and_links_of_devices() -> None:
+    h800, h100 = find_hardware("h800"), find_hardware("h100")
+    assert h800 is not None
+    assert h100 is not None
+    assert (h800.links.node_gb_per_s, h800.links.network_gb_per_s) == (160, 50)  # arXiv:2412.19437, section 3.2.2
+    assert (h100.links.memory_gb, h100.links.memory_gb_per_s, h100.links.node_devices) == (80, 3350, 8)
+    assert all(hardware.links.memory_gb > 0 for hardware in read_hardware())
