@@ -20,7 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from ds_lightning import callbacks
-from ds_lightning.data import SFTDataModule
 from ds_lightning.flops import active_param_count, param_count
 from ds_lightning.models.hf import save_hf
 from ds_lightning.summary import REPORT, read_report, summary_table, write_report
@@ -211,15 +210,14 @@ class TrainingCLI(LightningCLI):
         if state is None or not (out / REPORT).is_file():
             return None
         report = read_report(out)
-        tokens = report["stages"][0]["tokens"]
-        spent = report["ledger"]
+        stage, spent = report["stages"][0], report["ledger"]
         limits = [
-            (tokens, self.model.total_tokens or report["stages"][0]["total_tokens"]),
+            (stage["progress"], 1.0 if stage["planned"] == self._planned() else None),
             (spent["usd"], budget.usd),
             (spent["device_hours"], budget.hours),
         ]
         over = any(limit is not None and done >= limit for done, limit in limits)
-        return report if over and checkpoint.verify(Path(state)).tokens == tokens else None
+        return report if over and checkpoint.verify(Path(state)).tokens == stage["tokens"] else None
 
     def _conclude(self) -> None:
         """Measure and export the final weights, and print what the run brought and cost."""
@@ -237,9 +235,10 @@ class TrainingCLI(LightningCLI):
             self._export(out / "weights")
         if self.trainer.is_global_zero:
             figures = {
-                "name": "sft" if isinstance(self.datamodule, SFTDataModule) else "pretrain",
+                "name": self.datamodule.stage,
                 "tokens": self.model.tokens_seen,
-                "total_tokens": self.model.total_tokens,
+                "progress": self.model.planned_progress,
+                "planned": self._planned(),
                 "parameters": param_count(self.model.config, include_mtp=True),
                 "active_parameters": active_param_count(self.model.config, include_embedding=False),
                 "bits_per_byte": {},
@@ -249,6 +248,9 @@ class TrainingCLI(LightningCLI):
                 baselines: dict[str, float] = getattr(self.datamodule, "compression_baselines", dict)()
                 figures["bits_per_byte"] = {**baselines, "model": self._metric("val/bits_per_byte")}
                 figures["val_loss"] = self._metric("val/loss")
+            for name in ("pass_at_1", "pass_at_1_greedy", "completion_length"):
+                if f"val/{name}" in self.trainer.callback_metrics:
+                    figures[name] = self._metric(f"val/{name}")
             Console().print(summary_table(write_report(out, figures)))
 
     def before_validate(self) -> None:
@@ -280,15 +282,20 @@ class TrainingCLI(LightningCLI):
             self.config_init[subcommand]["ckpt_path"] = str(state)
 
     def _export(self, folder: Path) -> None:
-        manifest = self.datamodule.opened.manifest
+        data = self.datamodule
         save_hf(
             self.model.model,
             folder,
-            tokenizer_file=Path(self.datamodule.folder) / "tokenizer.json",
-            eos_token_id=manifest.eos_id,
-            pad_token_id=manifest.pad_id,
+            tokenizer_file=data.tokenizer_file,
+            eos_token_id=data.eos_id,
+            pad_token_id=data.pad_id,
             overwrite=True,
         )
+
+    def _planned(self) -> dict[str, Any]:
+        """Return the settings that say how long the run is: with others, a finished run goes on."""
+        settings = {**self._options.model.init_args, **self._options.data.init_args}
+        return {name: settings.get(name) for name in ("total_tokens", "epochs", "rollouts", "steps_per_rollout")}
 
     def _metric(self, name: str) -> float:
         return float(self.trainer.callback_metrics[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from jaxtyping import Int64
 from torch.utils.data import DataLoader, Dataset
 
 from ds_lightning.data.sampler import StepPlan, micro_batch, row_order
-from ds_lightning.data.shards import SplitName
+from ds_lightning.data.shards import SplitName, TokenShards
 
 
 class Batch(TypedDict):
@@ -134,6 +135,10 @@ class RowDataModule(pl.LightningDataModule):
     """
 
     plan: StepPlan
+    folder: str
+    shards: TokenShards | None
+    stage: str
+    """What a run on these data is called in its report."""
 
     def __init__(self, *, seq_len: int, val_fraction: float, val_batch_size: int, seed: int, num_workers: int) -> None:
         super().__init__()
@@ -152,6 +157,27 @@ class RowDataModule(pl.LightningDataModule):
     @abstractmethod
     def rows(self, split: SplitName) -> Rows:
         """Return the rows of a split; ``setup`` must have run."""
+
+    @property
+    def opened(self) -> TokenShards:
+        """The prepared shards; ``setup`` must have run."""
+        assert self.shards is not None, "setup() opens the shards"
+        return self.shards
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer, which exports carry along."""
+        return self.opened.folder / "tokenizer.json"
+
+    @property
+    def eos_id(self) -> int:
+        """End of a text."""
+        return self.opened.manifest.eos_id
+
+    @property
+    def pad_id(self) -> int:
+        """Padding."""
+        return self.opened.manifest.pad_id
 
     def train_dataloader(self) -> BatchLoader:
         """Return the micro-batches of this rank.

@@ -83,6 +83,8 @@ class TokenDataModule(RowDataModule):
         ValueError: If a number is out of range, and in ``setup`` if the corpus is too small.
     """
 
+    stage = "pretrain"
+
     def __init__(
         self,
         *,
@@ -156,12 +158,6 @@ class TokenDataModule(RowDataModule):
                         "smaller seq_len"
                     )
             self.shards = shards
-
-    @property
-    def opened(self) -> TokenShards:
-        """The shards; ``setup`` must have run."""
-        assert self.shards is not None, "setup() opens the shards"
-        return self.shards
 
     @property
     def tokenizer(self) -> Tokenizer:

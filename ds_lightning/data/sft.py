@@ -97,6 +97,8 @@ class SFTDataModule(RowDataModule):
             if a split has no conversation.
     """
 
+    stage = "sft"
+
     def __init__(
         self,
         *,
@@ -166,12 +168,6 @@ class SFTDataModule(RowDataModule):
                 assert self.epochs is not None
                 tokens = math.ceil(self.epochs * len(self.rows("train"))) * self.seq_len
             self.plan = StepPlan(self.schedule, self.seq_len, tokens)
-
-    @property
-    def opened(self) -> TokenShards:
-        """The prepared conversations; ``setup`` must have run."""
-        assert self.shards is not None, "setup() opens the conversations"
-        return self.shards
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

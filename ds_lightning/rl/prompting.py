@@ -22,6 +22,7 @@ class Prompter:
     Attributes:
         eos_id: Token that ends a completion.
         pad_id: Token for padding.
+        tokenizer: Encodes what spells a special token to that token.
     """
 
     def __init__(self, tokenizer: str | Path) -> None:
@@ -29,11 +30,11 @@ class Prompter:
         loaded = load_tokenizer(self.path)
         self.eos_id, self.pad_id = special_id(loaded, END_OF_TEXT), special_id(loaded, PAD)
         self.template = ChatTemplate(template_beside(self.path))
-        self._tokenizer = chat_tokenizer(loaded)
+        self.tokenizer = chat_tokenizer(loaded)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the tokens of a prompt: text as it is, messages by the template with its generation prompt."""
-        ids: list[int] = self._tokenizer.encode(self.text(prompt), add_special_tokens=False).ids
+        ids: list[int] = self.tokenizer.encode(self.text(prompt), add_special_tokens=False).ids
         return ids
 
     def text(self, prompt: Prompt) -> str:
@@ -45,7 +46,7 @@ class Prompter:
         tokens = sample.tokens.tolist()
         if tokens and tokens[-1] == self.eos_id:
             tokens.pop()
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=False)
         return text
 
     def complete(self, generator: Generator, prompts: Sequence[Prompt], n: int, **options: object) -> list[Sample]:

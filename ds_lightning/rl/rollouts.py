@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ds_lightning.generation import Generator, Sample
@@ -63,6 +65,8 @@ class RolloutDataModule(pl.LightningDataModule):
     Raises:
         ValueError: If a number is out of range.
     """
+
+    stage = "grpo"
 
     def __init__(
         self,
@@ -133,6 +137,31 @@ class RolloutDataModule(pl.LightningDataModule):
         """Optimizer steps of the run."""
         return self.rollouts * self.steps_per_rollout
 
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer, which exports carry along."""
+        return Path(self.tokenizer_path)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, for samples."""
+        return self._prompting.tokenizer
+
+    @property
+    def eos_id(self) -> int:
+        """End of an answer."""
+        return self._prompting.eos_id
+
+    @property
+    def pad_id(self) -> int:
+        """Padding."""
+        return self._prompting.pad_id
+
+    @property
+    def _prompting(self) -> Prompter:
+        assert self.prompter is not None, "setup() loads the tokenizer"
+        return self.prompter
+
     def setup(self, stage: str | None = None) -> None:
         """Load the tokenizer.
 
@@ -146,8 +175,8 @@ class RolloutDataModule(pl.LightningDataModule):
         if per_step % (world_size * accumulate) or self.prompts % world_size:
             raise ValueError(
                 f"prompts is {self.prompts}, num_generations {self.num_generations}, steps_per_rollout "
-                f"{self.steps_per_rollout}: expected that {world_size} ranks times accumulate_grad_batches {accumulate} "
-                "share a step evenly"
+                f"{self.steps_per_rollout}: expected a step that {world_size} ranks times accumulate_grad_batches "
+                f"{accumulate} share evenly"
             )
 
     def teardown(self, stage: str) -> None:
@@ -204,7 +233,6 @@ class RolloutDataModule(pl.LightningDataModule):
             skipped: Answers that count in the mean, without a gradient.
             skipped_tokens: Their tokens.
         """
-        assert self.prompter is not None
         ordered = sorted(members, key=lambda completion: completion.length)
         totals = Totals(
             sequences=self._sum(len(members) + skipped),
@@ -214,7 +242,7 @@ class RolloutDataModule(pl.LightningDataModule):
         accumulate = self._layout()[2]
         size = math.ceil(len(ordered) / accumulate)
         parts = [ordered[start : start + size] or ordered[:0] for start in range(0, size * accumulate, size)]
-        experience = [collate(part or _silent(ordered[:1]), totals, pad_id=self.prompter.pad_id) for part in parts]
+        experience = [collate(part or _silent(ordered[:1]), totals, pad_id=self._prompting.pad_id) for part in parts]
         for micro in experience:
             micro["step_tokens"] = self._sum(sum(completion.length for completion in members))
             micro["step_samples"] = self._sum(sum(completion.advantage != 0 for completion in members))
@@ -240,13 +268,12 @@ class RolloutDataModule(pl.LightningDataModule):
 
     def _answer(self, count: int) -> tuple[list[list[Completion]], RewardBatch, list[bool]]:
         """Pose the next problems, and return the groups of answers, their rewards, and which groups are useful."""
-        assert self.prompter is not None
         rank, world_size, _ = self._layout()
         numbers = range(self._next_problem + rank, self._next_problem + count * world_size, world_size)
         self._next_problem += count * world_size
         problems = [self.task.problem(number, self.seed) for number in numbers]
         with self._phase("rollout"):
-            samples = self.prompter.complete(
+            samples = self._prompting.complete(
                 Generator(self._policy.model),
                 [problem.prompt for problem in problems],
                 self.num_generations,
@@ -262,10 +289,10 @@ class RolloutDataModule(pl.LightningDataModule):
             if not self._scoring:
                 self.scorer.__enter__()
                 self._scoring = True
-            scored = score(self.scorer, self.prompter, problems, samples)
+            scored = score(self.scorer, self._prompting, problems, samples)
         totals = torch.tensor([math.nan if reward is None else reward for reward in scored.total])
         advantages, _ = group_advantages(totals, self.num_generations, scale_rewards=self.scale_rewards)
-        encoded = [self.prompter.encode(problem.prompt) for problem in problems]
+        encoded = [self._prompting.encode(problem.prompt) for problem in problems]
         completions = [
             Completion(encoded[sample.prompt], sample, advantage)
             for sample, advantage in zip(samples, advantages.tolist(), strict=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ds_lightning.config import DeepSeekConfig, RopeScaling
-from ds_lightning.data import Manifest
+from ds_lightning.data.tokenizer import END_OF_TEXT, PAD, load_tokenizer, special_id
 from ds_lightning.flops import param_count
 from ds_lightning.models import DeepSeek
 from ds_lightning.models.hf import load_hf, save_hf
@@ -33,15 +33,15 @@ def export_checkpoint(path: Path, folder: Path, *, tokenizer_file: Path | None =
     run_dir, path = _locate(path)
     config = read_config(run_dir / CONFIG)
     fields = value_at(config, "model.init_args.config")
-    data = value_at(config, "data.init_args.folder")
-    if not isinstance(fields, dict) or not isinstance(data, str):
+    prepared, named = (value_at(config, f"data.init_args.{key}") for key in ("folder", "tokenizer"))
+    if not isinstance(fields, dict) or not (isinstance(prepared, str) or isinstance(named, str)):
         raise ValueError(f"{run_dir / CONFIG} lacks model.init_args.config or data.init_args.folder, expected a run's")
-    own = tokenizer_file is None
-    tokenizer_file = tokenizer_file or Path(data) / "tokenizer.json"
+    if tokenizer_file is None:
+        tokenizer_file = Path(prepared) / "tokenizer.json" if prepared else Path(named)
     if not tokenizer_file.is_file():
         raise ValueError(f"{tokenizer_file} is missing, expected the run's tokenizer: name it with --tokenizer")
-    manifest = Manifest.read(data) if own else None
-    eos_id, pad_id = (manifest.eos_id, manifest.pad_id) if manifest else (None, None)
+    tokenizer = load_tokenizer(tokenizer_file)
+    eos_id, pad_id = special_id(tokenizer, END_OF_TEXT), special_id(tokenizer, PAD)
     state = torch.load(path / checkpoint.STATE, map_location="cpu", weights_only=True)["state_dict"]
     try:
         model = build_model(fields, state)

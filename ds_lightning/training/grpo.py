@@ -46,7 +46,8 @@ class GRPOModule(DeepSeekModule):
 
     Attributes:
         steps_done: Optimizer steps completed.
-        useful_samples: Completions with a gradient that they trained on, over all ranks.
+        useful_samples: Completions with a gradient that it trained on, over all ranks.
+        total_tokens: The most that answers can have; for the progress bar.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class GRPOModule(DeepSeekModule):
         self.reference: DeepSeek | None = None
         self.steps_done = 0
         self.useful_samples = 0
+        self.total_tokens = 0
         self._step_samples = 0
         self._step_metrics: dict[str, Tensor] = {}
 
@@ -100,6 +102,8 @@ class GRPOModule(DeepSeekModule):
             raise ValueError(
                 f"data is a {type(self._rollouts).__name__}, expected ds_lightning.rl.rollouts.RolloutDataModule"
             )
+        rollout = self._rollouts.prompts * self._rollouts.num_generations * self._rollouts.max_completion_length
+        self.total_tokens = rollout * self._rollouts.rollouts
 
     def configure_model(self) -> None:
         """Build the policy, and the reference where there is a KL term.
