@@ -50,3 +50,7 @@ def never_returns(prompts: list[str], completions: list[str], **columns: Any) ->
 
 def leaves(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     raise SystemExit(0)
+
+
+def share_of_letter(prompts: list[str], completions: list[str], letter: str, **columns: Any) -> list[float]:
+    return [completion.count(letter) / max(1, len(completion)) for completion in completions]
