@@ -24,7 +24,15 @@ from ds_lightning.rl.lockdown import limit_cpu, lock_down
 
 MESSAGE_CHARACTERS = 300
 _PR_SET_PDEATHSIG = 1
-_LIMIT_ERRORS = {errno.EMFILE, errno.EFBIG, errno.ENOMEM, errno.ENOSPC, errno.ENETUNREACH, errno.EAGAIN}
+_LIMIT_ERRORS = {  # Landlock answers a link across its border with EXDEV
+    errno.EMFILE,
+    errno.EFBIG,
+    errno.EXDEV,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.ENETUNREACH,
+    errno.EAGAIN,
+}
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ ATTACKS = {
     "send a datagram": "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port}))",
     "fork without end": "import os\nwhile True: os.fork()",
     "start a program": "import subprocess; subprocess.run(['touch', r'{outside}/new'])",
-    "start a shell": "import os; assert os.system(r'touch {outside}/new') == 0",
+    "start a shell": "import os\nif os.system(r'touch {outside}/new'): raise PermissionError('no shell')",
     "start threads without end": "from threading import *\nwhile True: Thread(target=Event().wait).start()",
     "signal the parent": "import os; os.kill({parent}, 10)",
     "signal everything": "import os; os.kill(-1, 10)",
