@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from ds_lightning import cli
+from ds_lightning import cli, training_cli
 from tests.cli.command_line import CommandLine
 from tests.e2e.command import start
 
@@ -62,3 +64,27 @@ def test_what_the_system_says_is_one_line(
     monkeypatch.setattr(cli, "_ledger", fail)
     said = command("ledger", "run")
     assert (said.status, said.err) == (status, [f"ds-lightning: {line}"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (MisconfigurationException("one\nand two"), 2, "one and two"),
+        (
+            torch.OutOfMemoryError("no room"),
+            1,
+            "no room; a smaller micro-batch (trainer.accumulate_grad_batches) needs l",
+        ),
+    ],
+)
+def test_what_lightning_and_torch_say_is_one_line(
+    error: Exception, status: int, line: str, command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(argv: list[str], default_out: str) -> None:
+        raise error
+
+    monkeypatch.setattr(training_cli, "TrainingCLI", fail)
+    said = command("fit", "--config", "run.yaml")
+    assert said.status == status
+    assert len(said.err) == 1
+    assert said.err[0].startswith(f"ds-lightning: {line}")
