@@ -22,7 +22,7 @@ MISSPELT = [
     ("data.init_args.seq_lenn", r"data\.init_args\.seq_lenn: no such key; did you mean seq_len\?$"),
     ("cost.devize", r"cost\.devize: no such key; did you mean device\?$"),
     ("checkpoints.every_n_step", r"checkpoints\.every_n_step: no such key; did you mean every_n_steps\?$"),
-    ("budget.euros", r"budget\.euros: no such key$"),
+    ("budget.zloty", r"budget\.zloty: no such key$"),
     ("traner.max_steps", r"traner(\.max_steps)?: no such key"),
 ]
 

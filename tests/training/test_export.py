@@ -1,6 +1,7 @@
 """Oracle: the tensors that went in, and the message that names what keeps them from coming out."""
 
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ import torch
 import yaml
 from tokenizers import Tokenizer
 
+from ds_lightning.config import DeepSeekConfig
 from ds_lightning.data import Document, train_tokenizer
+from ds_lightning.models import DeepSeek
 from ds_lightning.models.hf import load_hf, save_hf
 from ds_lightning.training import checkpoint
 from ds_lightning.training.export import build_model, export_checkpoint, import_weights
 from tests.models.tiny_export import random_model
 
 VOCAB = 300
-FIELDS: dict[str, Any] = random_model().config.to_dict() | {"vocab_size": VOCAB}
+SHAPE = replace(random_model().config, vocab_size=VOCAB)
+FIELDS: dict[str, Any] = asdict(SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +28,9 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer([Document("a", "some text")], VOCAB)
 
 
-def state_of(fields: dict[str, Any]) -> dict[str, torch.Tensor]:
+def state_of(shape: DeepSeekConfig) -> dict[str, torch.Tensor]:
     """Return the state that a LightningModule around a random model has."""
-    return {f"model.{key}": value for key, value in _model(fields).state_dict().items()}
-
-
-def _model(fields: dict[str, Any]) -> Any:
-    from ds_lightning.config import DeepSeekConfig
-    from ds_lightning.models import DeepSeek
-
-    return DeepSeek(DeepSeekConfig.from_dict(fields))
+    return {f"model.{key}": value for key, value in DeepSeek(shape).state_dict().items()}
 
 
 @pytest.fixture
@@ -44,7 +41,7 @@ def run(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     run = tmp_path / "run"
     temporary = checkpoint.temporary(run / "checkpoints", 3)
     checkpoint.begin(temporary)
-    torch.save({"state_dict": state_of(FIELDS)}, temporary / checkpoint.STATE)
+    torch.save({"state_dict": state_of(SHAPE)}, temporary / checkpoint.STATE)
     checkpoint.publish(temporary, tokens=30)
     _write_config(run, FIELDS)
     return run
@@ -76,11 +73,10 @@ def test_what_was_exported_is_imported(run: Path, tmp_path: Path) -> None:
 
 
 def test_yarn_comes_back_from_the_fields_of_a_config() -> None:
-    rope = {"factor": 2.0, "original_max_position_embeddings": 8}
-    fields = {**FIELDS, "rope_scaling": {**rope, "type": "yarn"}}
-    model = build_model({**FIELDS, "rope_scaling": rope}, state_of(fields))
-    assert model.config.rope_scaling is not None
-    assert model.config.rope_scaling.factor == 2.0
+    assert SHAPE.rope_scaling is not None
+    assert build_model(FIELDS, state_of(SHAPE)).config == SHAPE
+    plain = replace(SHAPE, rope_scaling=None)
+    assert build_model(asdict(plain), state_of(plain)).config == plain
 
 
 def _no_checkpoint(run: Path) -> None:
@@ -142,7 +138,9 @@ def test_a_checkpoint_without_its_run_is_refused(run: Path, tmp_path: Path) -> N
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run: Path, tmp_path: Path) -> None:
     larger = tmp_path / "larger.json"
-    train_tokenizer([Document("a", "more text " * 9 + "many words of many kinds " * 9)], 310).save(str(larger))
+    train_tokenizer(
+        [Document("a", "river stone cloud light number value return define class import yield " * 9)], 310
+    ).save(str(larger))
     with pytest.raises(ValueError, match=r"larger.json has ids up to \d+, expected at most 299 \(vocab_size - 1\)"):
         export_checkpoint(run, tmp_path / "hf", tokenizer_file=larger)
 
