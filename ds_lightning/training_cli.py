@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
@@ -24,7 +24,7 @@ from ds_lightning.flops import active_param_count, param_count
 from ds_lightning.models.hf import save_hf
 from ds_lightning.summary import REPORT, read_report, summary_table, write_report
 from ds_lightning.training import checkpoint
-from ds_lightning.training.run_folder import claim_run_folder, read_config, value_at
+from ds_lightning.training.run_folder import check_run_folder, read_config, value_at, write_config
 from ds_lightning.user_errors import one_line, writing
 
 USAGE = "ds-lightning {} --config FILE [--config FILE ...] [--out RUN_DIR] [--KEY VALUE ...]"
@@ -89,6 +89,12 @@ def _config_files(argv: list[str]) -> list[Path]:
 def _check_config(path: Path) -> None:
     """Refuse what the parser would not name the file for, or would silently override."""
     content = read_config(path)
+    for key in ("model", "data", "trainer", *SECTIONS):
+        section = content.get(key, {})
+        if not isinstance(section, dict | str):
+            raise ValueError(f"{path}: {key} is {section!r}, expected its settings by name")
+        if isinstance(section, dict) and not isinstance(section.get("class_path", ""), str):
+            raise ValueError(f"{path}: {key}.class_path is {section['class_path']!r}, expected the name of a class")
     planned, read = (value_at(content, f"{section}.init_args.total_tokens") for section in ("model", "data"))
     if read is not None and read != planned:
         raise ValueError(
@@ -100,6 +106,31 @@ def _default_out(configs: list[Path]) -> str:
     """Name the run after the last config that says what is run and not where."""
     experiments = [path for path in configs if path.resolve().parent.name != "trainer"]
     return f"runs/{experiments[-1].stem if experiments else 'default'}"
+
+
+class ExactParser(LightningArgumentParser):
+    """A parser that completes no abbreviated option, nor do those that it makes for the arguments of classes."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+
+class WriteConfig(Callback):
+    """Writes the config into the run folder; last of all, when the ledger has locked the folder.
+
+    Args:
+        folder: The run's folder.
+        config: The resolved config.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder = folder
+        self.config = config
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write, from one process."""
+        if stage == "fit" and trainer.is_global_zero:
+            write_config(self.folder, self.config)
 
 
 class TrainingCLI(LightningCLI):
@@ -123,11 +154,11 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=ExactParser,
             trainer_defaults={"max_epochs": 1, "use_distributed_sampler": False, "enable_model_summary": False},
             parser_kwargs={
                 "parser_mode": "omegaconf+",
                 "exit_on_error": False,
-                "allow_abbrev": False,
                 **{name: {"prog": f"ds-lightning {name}", "usage": USAGE.format(name)} for name in self.subcommands()},
             },
         )
@@ -190,9 +221,11 @@ class TrainingCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        """Claim the run folder for this config, and find the checkpoint to go on from."""
+        """Check that the run folder is of this config, and find the checkpoint to go on from."""
         self._dump_config()
-        claim_run_folder(Path(self._options.out), self.config_dump)
+        out = Path(self._options.out)
+        check_run_folder(out, self.config_dump)
+        self.trainer.callbacks.append(WriteConfig(out, self.config_dump))  # type: ignore[attr-defined]
         self._find_checkpoint("fit")
 
     def fit(self, **kwargs: Any) -> None:

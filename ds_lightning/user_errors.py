@@ -59,6 +59,8 @@ def one_line(message: str, known: Iterable[str] = ()) -> str:
     value = next((line for line in lines if line.startswith("Given value: ")), "").partition(": ")[2]
     if match := re.match(r"\{'class_path': '([^']*)'", value):
         path, value = f"{path}.class_path", match[1]
+    if match := re.match(r"NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", value):
+        return f"{path}.{match[1]} is {match[2]!r} of no class, expected {path}.class_path before it"
     return f"{path} is {value!r}, expected {_plain(types[1:-1])}"
 
 
@@ -83,6 +85,11 @@ def _explain(line: str, rest: list[str], path: str, owner: str, known: list[str]
         return f"{', '.join(missing)}: missing, expected a value in the config or on the command line"
     if match := re.match(r"Expected an? (.+)\. Got value: (.*)", line):
         return f"{path} is {match[2]!r}, expected {_plain(match[1])}"
+    if match := re.match(r"Not a valid subclass of (\w+)", line):
+        value = next(text for text in rest if text.startswith("Given value: ")).removeprefix("Given value: ")
+        return f"{path} is {value:.80}, expected class_path and init_args of a {match[1]}"
+    if match := re.match(r"Import path (\S+) does not correspond to a subclass of (\w+)", line):
+        return f"{path}.class_path is {match[1]!r}, expected a {match[2]}"
     if owner and _find(owner) is None:
         module, _, name = owner.rpartition(".")
         path = _join(path.removesuffix(".init_args").removesuffix("init_args"), "class_path")

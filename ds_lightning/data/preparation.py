@@ -215,7 +215,8 @@ class _Writer:
             self.eos_id, pad_id = eos_and_pad(tokenizer)
             self.dtype = np.dtype("<u2" if num_ids(tokenizer) <= 2**16 else "<u4")
             self.token_bytes = token_bytes(tokenizer)
-            tokenizer.save(str(self.folder / TOKENIZER))
+            # The library's own save raises a bare Exception when the disk is full.
+            (self.folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             with (self.folder / TOKEN_BYTES).open("wb") as file:
                 np.save(file, self.token_bytes)
             unsorted_tokens, unsorted_text = self.folder / "tokens.tmp", self.folder / "val.tmp"

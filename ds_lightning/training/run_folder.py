@@ -17,11 +17,11 @@ _FIXED = (
 )
 
 
-def claim_run_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Write the resolved config into a new run folder, or check that an old one belongs to the same training.
+def check_run_folder(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder in which another training has saved its state.
 
     Model, data, seed, precision, accumulation and clipping may not change within a run; where it runs, what it
-    logs and how often it saves may.
+    logs and how often it saves may. Before the first checkpoint there is nothing that another config could spoil.
 
     Args:
         folder: The run's folder.
@@ -29,19 +29,32 @@ def claim_run_folder(folder: Path, config: dict[str, Any]) -> None:
 
     Raises:
         ValueError: If the folder belongs to another config; the message names the first difference.
-        OSError: If the folder cannot be written.
     """
-    path = folder / CONFIG
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder for the run")
+    if not (folder / CONFIG).is_file() or not any(folder.glob("checkpoints/step-*")):
+        return
+    earlier = read_config(folder / CONFIG)
+    for key in _FIXED:
+        difference = _first_difference(key, value_at(earlier, key), value_at(config, key))
+        if difference:
+            raise ValueError(f"{folder} belongs to another config: {difference}; give another --out")
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write the resolved config into a run folder.
+
+    Args:
+        folder: The run's folder; made if need be.
+        config: The resolved config.
+
+    Raises:
+        OSError: If it cannot be written; an earlier config is then as it was.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        earlier = read_config(path)
-        for key in _FIXED:
-            difference = _first_difference(key, value_at(earlier, key), value_at(config, key))
-            if difference:
-                raise ValueError(f"{folder} belongs to another config: {difference}; give another --out")
-    temporary = path.with_suffix(".tmp")
+    temporary = (folder / CONFIG).with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    temporary.replace(path)
+    temporary.replace(folder / CONFIG)
 
 
 def read_config(path: Path) -> dict[str, Any]:
