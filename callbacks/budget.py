@@ -52,7 +52,7 @@ class Budget(Callback):
         """Move the progress: Lightning asks for the learning rate of the next step right after this one."""
         self._follow(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Tell whether the run has more to do."""
         self.reached = self._is_limited and pl_module.budget_progress >= 1 and _find(trainer, Checkpoints).stopped
 

@@ -21,7 +21,7 @@ from ds_lightning.optim import Muon, Stairs, V3Schedule, WarmupStableDecay
 from ds_lightning.training import PretrainModule
 from tests.training.toy_pretraining import CONFIG, SEQ, Batch, Recorder, Rows, build, draw_step, fit, split, trainer
 
-HEAVY = {"mtp_loss_weight": 0.4, "balance_loss_alpha": 0.5}  # no term is too small to be seen
+HEAVY: dict[str, Any] = {"mtp_loss_weight": 0.4, "balance_loss_alpha": 0.5}  # no term is too small to be seen
 
 
 def plain_terms(model: DeepSeek, step: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +101,7 @@ def test_accumulation_in_fp32_changes_nothing_but_rounding(accumulate: int) -> N
 def test_ranks_and_micro_batches_share_the_step_in_any_way(ranks: int, accumulate: int) -> None:
     step = draw_step(0)
     expected = plain_gradients(build(**HEAVY), step, 0.4, 0.5)
-    module, losses = build(**HEAVY).double(), []
+    module, losses = build(**HEAVY).double(), list[float]()
     logged = stand_in(module, accumulate_grad_batches=accumulate, world_size=ranks)
     for index, micro in enumerate(split(step, ranks * accumulate)):
         logged.clear()
