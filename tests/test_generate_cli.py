@@ -111,13 +111,14 @@ def test_the_end_of_text_is_that_of_the_folder_or_of_the_tokenizer(folder: Path,
 def test_an_interrupt_ends_the_line_and_the_command(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(terminal: generate_cli._Terminal, samples: list[int], tokens: list[int]) -> None:
+        terminal.tokens += terminal.tokenizer.encode("x").ids
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate_cli._Terminal, "__call__", interrupt)
     assert main(command(folder)) == 1
     captured = capsys.readouterr()
-    assert captured.out == "\n"
+    assert captured.out == "x\n"
     assert captured.err == "ds-lightning: interrupted\n"
 
 
