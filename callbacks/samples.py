@@ -95,7 +95,7 @@ class Samples(Callback):
             samples = Generator(pl_module.model).generate(
                 prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
             )
-        self.last = [tokenizer.decode(prompts[sample.prompt] + sample.tokens.tolist()) for sample in samples]
+            self.last = [tokenizer.decode(prompts[sample.prompt] + sample.tokens.tolist()) for sample in samples]
         for logger in tensorboard_loggers(trainer):
             for i, text in enumerate(self.last):
                 # An indented code block: a fenced one could be closed by the text itself.

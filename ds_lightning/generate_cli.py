@@ -126,9 +126,10 @@ class _Terminal:
             self._write(self.stream.step(self.tokenizer, token) or "")
 
     def end(self) -> None:
-        """Write what is left, half a character perhaps, and a line end."""
-        text = self.tokenizer.decode(self.tokens)
-        self._write(text[len(self.written) :] + "\n")
+        """Write what is left, half a character perhaps, and a line end; nothing, if nothing came."""
+        if self.tokens:
+            text = self.tokenizer.decode(self.tokens)
+            self._write(text[len(self.written) :] + "\n")
 
     def _write(self, text: str) -> None:
         self.written += text

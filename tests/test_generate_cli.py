@@ -1,7 +1,6 @@
 """Oracles: the generator by itself on the same folder; the tokenizer's decoding of all tokens at once."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,14 +43,18 @@ def command(folder: Path, *more: str) -> list[str]:
 def test_text_comes_token_by_token_and_is_whole_at_the_end(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pieces: list[str] = []
-    monkeypatch.setattr(sys.stdout, "flush", lambda: pieces.append(capsys.readouterr().out))
+    pieces, write = list[str](), generate_cli._Terminal._write
+
+    def note(terminal: generate_cli._Terminal, text: str) -> None:
+        pieces.append(text)
+        write(terminal, text)
+
+    monkeypatch.setattr(generate_cli._Terminal, "_write", note)
     assert main(command(folder, "--max_new_tokens", "40")) == 0
     (tokens,) = expected(folder, 1, 40)
     text = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(tokens)
-    assert "".join(pieces) == text + "\n"
+    assert capsys.readouterr().out == "".join(pieces) == text + "\n"
     assert len([piece for piece in pieces if piece.strip()]) > 5
-    assert pieces[-1].endswith("\n")
 
 
 def test_a_character_of_several_tokens_is_written_when_it_is_whole(
@@ -108,13 +111,14 @@ def test_the_end_of_text_is_that_of_the_folder_or_of_the_tokenizer(folder: Path,
 def test_an_interrupt_ends_the_line_and_the_command(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(terminal: generate_cli._Terminal, samples: list[int], tokens: list[int]) -> None:
+        terminal.tokens += terminal.tokenizer.encode("x").ids
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate_cli._Terminal, "__call__", interrupt)
     assert main(command(folder)) == 1
     captured = capsys.readouterr()
-    assert captured.out == "\n"
+    assert captured.out == "x\n"
     assert captured.err == "ds-lightning: interrupted\n"
 
 

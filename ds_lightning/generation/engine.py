@@ -200,7 +200,7 @@ class Engine:
 
     def _sample_keys(self) -> Int[Tensor, " samples"]:
         """Return the key of each sample's random numbers, from the seed, its prompt's key and its number there."""
-        of_prompts = torch.tensor([_signed(key) for key in self.request.keys], device=self._device)
+        of_prompts = torch.tensor([_signed(key) for key in self.request.keys], dtype=torch.long, device=self._device)
         seed = torch.full_like(of_prompts, _signed(self.request.seed))
         number = torch.arange(self.request.n, device=self._device).repeat(len(of_prompts))
         return mix(mix(seed, of_prompts).repeat_interleave(self.request.n), number)

@@ -86,8 +86,7 @@ class Generator:
             top_p: Draw from the likeliest tokens that together have this probability, after ``top_k``; 1: from all.
             stop: Token that ends a sample, or several, or sequences of tokens. Prompts are not searched.
             seed: Of all random numbers.
-            keys: Number of each prompt, from which its random numbers are drawn; none: its index. Two calls that give
-                a prompt the same key and seed give it the same samples.
+            keys: Number of each prompt that its random numbers are drawn from, with the seed; none: its index.
             max_batch: Samples that are advanced together at most.
             record_routing: Keep the experts of every token.
             exact: Compute the returned log-probabilities and experts anew with the training forward, row by row: they
@@ -110,16 +109,12 @@ class Generator:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            stop=[
-                [token] if isinstance(token, int) else token for token in ([stop] if isinstance(stop, int) else stop)
-            ],
+            stop=_sequences(stop),
             max_batch=max_batch,
             record_routing=record_routing,
             on_tokens=on_tokens,
         )
         _check(request, self.model)
-        if not prompts:
-            return []
         with _sampling(self.model):
             samples = _samples(request, Engine(self.model, request).run())
             return [self._exactly(request, sample) for sample in samples] if exact else samples
@@ -138,9 +133,16 @@ class Generator:
         return replace(sample, logprobs=logprobs, sampling_logprobs=logprobs - mass, routing=routing)
 
 
+def _sequences(stop: int | Sequence[int | Sequence[int]]) -> list[Sequence[int]]:
+    """Return all that ends a sample as sequences of tokens."""
+    return [[part] if isinstance(part, int) else part for part in ([stop] if isinstance(stop, int) else stop)]
+
+
 def _samples(request: Request, record: Record) -> list[Sample]:
     """Sort what the steps recorded by sample; within one, the order of steps is that of its tokens."""
     total = len(request.prompts) * request.n
+    if total == 0:
+        return []
     samples, tokens, logprobs, sampling_logprobs = (
         torch.cat(column).cpu() for column in zip(*record.drawn, strict=True)
     )
