@@ -30,6 +30,7 @@ HELP = """usage: ds-lightning COMMAND [options]
   export     a run or checkpoint to Hugging Face layout: ds-lightning export RUN_DIR OUT_DIR
   import     a Hugging Face folder, checked and converted: ds-lightning import HF_DIR OUT_DIR
   ledger     verify what a run has cost, and add it up: ds-lightning ledger RUN_DIR
+  audit      recompute a published claim of a cost: ds-lightning audit deepseek-r1
 
 ds-lightning COMMAND --help lists the options of a command."""
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": _export,
         "import": _import,
         "ledger": _ledger,
+        "audit": _audit,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -179,4 +181,21 @@ def _ledger(argv: list[str]) -> int:
         print(json.dumps(report, indent=1))
     else:
         Console().print(ledger_table(report))
+    return DONE
+
+
+def _audit(argv: list[str]) -> int:
+    from rich.console import Console
+
+    from ds_lightning.cost import audit, audit_tables
+
+    parser = _parser("audit")
+    parser.add_argument("claim", type=str, help="a claim that ships with the package, or a .yaml file of your own")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = _parse(parser, argv)
+    report = audit(options.claim)
+    if options.json:
+        print(json.dumps(report, indent=1))
+    else:
+        Console().print(audit_tables(report))
     return DONE

@@ -1,5 +1,7 @@
 """Money: what devices cost, where the time of a run goes, and what that adds up to. Loads no torch."""
 
+from ds_lightning.cost.audit import audit
+from ds_lightning.cost.audit_report import audit_tables
 from ds_lightning.cost.ledger import Ledger
 from ds_lightning.cost.ledger_report import ledger_report, ledger_table
 from ds_lightning.cost.prices import Hardware, Price, find_hardware, find_price, read_hardware, read_prices
@@ -12,6 +14,8 @@ __all__ = [
     "LedgerFile",
     "Price",
     "Totals",
+    "audit",
+    "audit_tables",
     "find_hardware",
     "find_price",
     "iter_ledger",
