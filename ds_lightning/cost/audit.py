@@ -15,6 +15,8 @@ STATUSES = ("CONSISTENT", "ROUNDED", "UNRECONCILED", "EXCLUDED", "STATED")
 """Equal; equal within the rounding of the printed figures; contradicted by its own parts; left out by the claim; an
 input that nothing else in the claim determines."""
 
+LIMIT = Fraction(10) ** 60
+
 _SIGNS = {"sum": " + ", "difference": " - ", "product": " x ", "quotient": " / "}
 
 
@@ -76,15 +78,15 @@ class Sheet:
             first, *rest = (self.figure(inner) for inner in part.parts)
             for inner, figure in zip(part.parts[1:], rest, strict=True):
                 first = self._apply(part, first, figure, inner)
-            return first
+            return self._sane(first)
         if not isinstance(part, str):
-            return Figure.exact(part)
+            return self._sane(Figure.exact(part))
         if part not in self._figures:
             line = self._lines[part]
             recomputed = self.recomputed(line)
             published = self.published(line)
             agrees = recomputed is not None and recomputed.meets(published)
-            self._figures[part] = recomputed if recomputed is not None and agrees else published
+            self._figures[part] = recomputed if agrees and recomputed is not None else published
         return self._figures[part]
 
     def published(self, line: Line) -> Figure:
@@ -92,11 +94,19 @@ class Sheet:
         assert line.published is not None
         if isinstance(line.published, Operation):
             return self.figure(line.published)
-        return read_figure(line.published, line.rounded_to)
+        return self._sane(read_figure(line.published, line.rounded_to))
 
     def recomputed(self, line: Line) -> Figure | None:
         """Return what a line should be; none if it follows from nothing."""
         return None if line.follows_from is None else self.figure(line.follows_from)
+
+    def _sane(self, figure: Figure) -> Figure:
+        """Refuse what would leave the range of floats further on."""
+        if figure.value and not LIMIT**-1 < abs(figure.value) < LIMIT:
+            size = "above" if abs(figure.value) > 1 else "below"
+            bound = "1e60" if abs(figure.value) > 1 else "1e-60"
+            raise ValueError(f"{self.claim.path}: a figure is {size} {bound}, expected one that a training can have")
+        return figure
 
     def _apply(self, operation: Operation, left: Figure, right: Figure, part: Part) -> Figure:
         if operation.kind == "sum":

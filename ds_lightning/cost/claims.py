@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ READ = ("primary", "transcription", "unverified")
 """How a source was read: itself; in a copy by others; not at all, so that the figure is from memory or hearsay."""
 
 SPEEDS = ("tokens_per_second_per_device", "tflops_per_device", "device_seconds_per_sample")
-"""What a measurement may give."""
+MAX_DEPTH = 10
+"""Operations within operations; an alias of YAML that contains itself has no end."""
 
 _CLAIM_KEYS = ("claim", "sources", "lines"), ("excluded", "implied", "totals", "measured")
 _LINE_KEYS = ("name", "published", "unit", "source", "at"), ("follows_from", "rounded_to", "date", "note")
@@ -180,6 +182,10 @@ def _claim(path: Path, content: object) -> Claim:
     )
 
 
+def _optional(where: str, values: dict[str, Any], key: str) -> str:
+    return _text(where, values, key) if key in values else ""
+
+
 def _line(entry: object, number: int) -> Line:
     where = _where("lines", number, entry)
     values = _mapping(where, entry, *_LINE_KEYS)
@@ -207,7 +213,7 @@ def _line(entry: object, number: int) -> Line:
         at=_text(where, values, "at"),
         rounded_to=rounded_to,
         date=date,
-        note=_text(where, values, "note") if "note" in values else "",
+        note=_optional(where, values, "note"),
     )
 
 
@@ -219,8 +225,8 @@ def _excluded(entry: object, number: int) -> Line:
         unit=_unit(where, values),
         published=None,
         follows_from=_operation(f"{where}: follows_from", values["follows_from"]) if "follows_from" in values else None,
-        source=_text(where, values, "source") if "source" in values else "",
-        at=_text(where, values, "at") if "at" in values else "",
+        source=_optional(where, values, "source"),
+        at=_optional(where, values, "at"),
         note=_text(where, values, "basis"),
     )
 
@@ -240,7 +246,7 @@ def _measured(entry: object, number: int) -> Measurement:
         value=_part(f"{where}: {kinds[0]}", values[kinds[0]]),
         source=_text(where, values, "source"),
         at=_text(where, values, "at"),
-        note=_text(where, values, "note") if "note" in values else "",
+        note=_optional(where, values, "note"),
         own=values.get("own", False),
     )
 
@@ -259,27 +265,27 @@ def _check_implied(implied: dict[str, Any]) -> None:
         raise ValueError(f"implied: seq_len is {seq_len!r}, expected an integer of at least 1")
 
 
-def _part(where: str, value: object) -> Part:
+def _part(where: str, value: object, depth: int = 0) -> Part:
     if isinstance(value, dict):
-        return _operation(where, value)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, str | int | float)
-        or value != value
-        or value in (1e999, -1e999)
-    ):
+        return _operation(where, value, depth)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"{where} has the part {value!r}, expected the name of a line, a number or an operation")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} has the part {value}, expected a finite number")
     return value
 
 
-def _operation(where: str, value: object) -> Operation:
+def _operation(where: str, value: object, depth: int = 0) -> Operation:
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in OPERATIONS:
         found = ", ".join(map(str, value)) if isinstance(value, dict) else repr(value)
         raise ValueError(f"{where} is {found}, expected one of {', '.join(OPERATIONS)} with a list of parts")
     ((kind, parts),) = value.items()
+    if depth == MAX_DEPTH:
+        raise ValueError(f"{where}: operations are nested deeper than {MAX_DEPTH}, expected a line for some of them")
     if not isinstance(parts, list) or len(parts) < 2:
         raise ValueError(f"{where}: {kind} is {parts!r}, expected a list of at least two parts")
-    return Operation(kind, tuple(_part(f"{where}: {kind}", part) for part in parts))
+    inner = where if depth else f"{where}: {kind}"
+    return Operation(kind, tuple(_part(inner, part, depth + 1) for part in parts))
 
 
 def _check_names(claim: Claim) -> None:
@@ -356,9 +362,9 @@ def _mapping(where: str, value: object, required: tuple[str, ...], optional: tup
 
 
 def _entries(where: str, value: object) -> list[tuple[int, object]]:
-    if not isinstance(value, list):
-        raise ValueError(f"{where} is {type(value).__name__}, expected a list")
-    return list(enumerate(value, start=1))
+    if isinstance(value, list):
+        return list(enumerate(value, start=1))
+    raise ValueError(f"{where} is {type(value).__name__}, expected a list")
 
 
 def _where(key: str, number: int, entry: object) -> str:
@@ -389,5 +395,5 @@ def _check_date(where: str, date: str) -> None:
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3)
+    near = difflib.get_close_matches(name, list(known))
     return f", did you mean {' or '.join(near)}?" if near else ""

@@ -8,8 +8,8 @@ from fractions import Fraction
 
 _FIGURE = re.compile(
     r"(?P<about>about |approximately |around |~ ?)?\$?(?P<digits>\d{1,3}(?:,\d{3})+|\d+)(?:\.(?P<decimals>\d+))?"
-    r"(?:e(?P<power>[+-]?\d+))?(?:(?P<letter>[KMBT])\b| ?(?P<word>thousand|million|billion|trillion)\b)?"
-    r"(?: ?(?!(?:[KMBT]|thousand|million|billion|trillion)\b)(?P<what>[A-Z%/][\w%/ -]*))?",
+    r"(?:e(?P<power>[+-]?\d{1,2}))?(?:(?P<letter>[KMBT])\b| ?(?P<word>thousand|million|billion|trillion)\b)?"
+    r"(?: ?(?!(?:[KMBT]|thousand|million|billion|trillion)\b)(?P<what>[A-Z%/][A-Z%/ -]*))?",
     re.IGNORECASE,
 )
 _SCALES = {"": 0, "k": 3, "m": 6, "b": 9, "t": 12, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
