@@ -13,7 +13,7 @@ from ds_lightning.cli import main
 from ds_lightning.cost import audit, audit_tables
 from ds_lightning.cost.audit import STATUSES
 from ds_lightning.cost.claims import CLAIMS_DIR
-from tests.cost.test_claims import Change, line, write
+from tests.cost.small_claim import Change, line, write
 
 CLAIMS = sorted(path.stem for path in CLAIMS_DIR.glob("*.yaml"))
 
@@ -117,12 +117,13 @@ def test_the_tables_fit_80_columns_and_hold_every_line(name: str, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("published", "status"),
-    [("$20", "CONSISTENT"), ("$20.3", "ROUNDED"), ("about $30", "ROUNDED"), ("$40", "UNRECONCILED")],
+    [("$20", "CONSISTENT"), ("$20.9", "ROUNDED"), ("$21.1", "UNRECONCILED"), ("about $40", "UNRECONCILED")],
 )
 def test_the_status_says_whether_rounding_explains_it(tmp_path: Path, published: str, status: str) -> None:
     report = audit(write(tmp_path, lambda v: (line(0, rounded_to=0)(v), line(2, published=published)(v))))
-    assert named(report, "cost")["status"] == status
-    assert report["totals"]["usd"] == (40 if status == "UNRECONCILED" else 20)
+    row = named(report, "cost")
+    assert row["status"] == status
+    assert report["totals"]["usd"] == (row["published_value"] if status == "UNRECONCILED" else 20)
 
 
 def test_differences_and_nested_operations_are_written_as_they_are_computed(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import random
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 
@@ -64,12 +67,8 @@ def test_another_currency_is_refused(text: str) -> None:
 @pytest.mark.parametrize("kind", ["+", "-", "*", "/"])
 def test_the_result_holds_every_result_of_members(kind: str) -> None:
     draw = random.Random(kind)
-    apply = {
-        "+": lambda a, b: a + b,
-        "-": lambda a, b: a - b,
-        "*": lambda a, b: a * b,
-        "/": lambda a, b: a / b,
-    }[kind]
+    operations = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+    apply: Callable[[Any, Any], Any] = operations[kind]
     for _ in range(200):
         ends = [sorted(Fraction(draw.randint(-20, 20), draw.randint(1, 5)) for _ in range(3)) for _ in range(2)]
         if kind == "/" and ends[1][0] <= 0 <= ends[1][2]:
