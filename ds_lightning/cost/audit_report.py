@@ -42,9 +42,9 @@ def audit_tables(report: dict[str, Any]) -> Group:
 def _table(title: str, *columns: str) -> Table:
     """Return a table of which the first column takes the room that the others leave."""
     table = Table(title=title, title_justify="left", expand=True)
-    table.add_column(columns[0], ratio=1)
+    table.add_column(columns[0], ratio=1, overflow="fold")
     for name in columns[1:]:
-        table.add_column(name, justify="right", max_width=15)
+        table.add_column(name, justify="right", max_width=15, overflow="fold")
     return table
 
 

@@ -396,4 +396,4 @@ def _check_date(where: str, date: str) -> None:
 
 def _meant(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known))
-    return f", did you mean {' or '.join(near)}?" if near else ""
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

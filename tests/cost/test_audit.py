@@ -19,8 +19,9 @@ CLAIMS = sorted(path.stem for path in CLAIMS_DIR.glob("*.yaml"))
 
 
 def named(report: dict[str, Any], name: str) -> dict[str, Any]:
-    (found,) = (row for row in report["lines"] if row["name"] == name)
-    return found
+    found: list[dict[str, Any]] = [row for row in report["lines"] if row["name"] == name]
+    assert len(found) == 1
+    return found[0]
 
 
 def test_deepseek_r1_is_147336_hours_and_294672_dollars(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +51,9 @@ def test_deepseek_r1_is_147336_hours_and_294672_dollars(capsys: pytest.CaptureFi
     assert (base["status"], base["published"], base["recomputed"]) == ("EXCLUDED", None, 5_566_000)
     assert report["implied"]["device_seconds_per_sample"] == pytest.approx(101_376 * 3600 / (10_400 * 512))
     assert report["implied"]["usd_per_sample"] == pytest.approx(0.0381, abs=5e-5)
+    (verl,) = report["measured"]
+    assert verl["device_seconds_per_sample"] == 96 * 1700 / (96 * 8)
+    assert verl["claim_over_measured"] == pytest.approx(3.10, abs=5e-3)  # 212.5 s over 68.5 s: the claim is faster
     assert "18.9 times the claimed 294,672" in report["verdict"]
 
 
@@ -64,6 +68,7 @@ def test_deepseek_v3_adds_up_and_its_speed_is_40_percent_of_the_peak() -> None:
     assert round(implied["tokens_per_second_per_device"]) == 1543
     assert round(implied["mfu_bf16"], 3) == 0.406
     assert round(implied["mfu_bf16_without_mtp"], 3) == 0.391
+    assert round(implied["mfu_bf16_full_attention"], 3) == 0.455  # 291.8e9 FLOPs a token
     assert round(implied["mfu_fp8"], 3) == 0.203
     assert implied["usd_per_million_tokens"] == 0.36
     assert implied["days"] == pytest.approx(54.2, abs=0.05)
@@ -175,7 +180,7 @@ def test_a_model_file_is_checked(tmp_path: Path, content: str, message: str) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["deepseek-r2"], "ds-lightning: no claim 'deepseek-r2', did you mean deepseek-r1"),
+        (["deepseek-r2"], "ds-lightning: no claim 'deepseek-r2' (did you mean deepseek-r1"),
         (["nowhere/none.yaml"], "ds-lightning: nowhere/none.yaml: No such file or directory"),
         ([], "claim"),
     ],
