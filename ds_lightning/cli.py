@@ -34,6 +34,7 @@ HELP = """usage: ds-lightning COMMAND [options]
   ledger     verify what a run has cost, and add it up: ds-lightning ledger RUN_DIR
   plan       what a run will need and cost: ds-lightning plan --config FILE --device h100 --num_devices 8
   calibrate  write what a run measured of its device, for plan --calibration: ds-lightning calibrate RUN_DIR FILE
+  audit      recompute a published claim of a cost: ds-lightning audit deepseek-r1
 
 ds-lightning COMMAND --help lists the options of a command."""
 
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ledger": _ledger,
         "plan": _plan,
         "calibrate": _calibrate,
+        "audit": _audit,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -267,4 +269,21 @@ def _calibrate(argv: list[str]) -> int:
     with writing(options.file):
         Calibration(**calibration_from_run(options.run_dir)).write(options.file)
     print(f"wrote {options.file}")
+    return DONE
+
+
+def _audit(argv: list[str]) -> int:
+    from rich.console import Console
+
+    from ds_lightning.cost import audit, audit_tables
+
+    parser = _parser("audit")
+    parser.add_argument("claim", type=str, help="a claim that ships with the package, or a .yaml file of your own")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = _parse(parser, argv)
+    report = audit(options.claim)
+    if options.json:
+        print(json.dumps(report, indent=1))
+    else:
+        Console().print(audit_tables(report))
     return DONE

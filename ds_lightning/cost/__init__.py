@@ -1,5 +1,7 @@
 """Money: what devices cost, where the time of a run goes, and what that adds up to. Loads no torch."""
 
+from ds_lightning.cost.audit import audit
+from ds_lightning.cost.audit_report import audit_tables
 from ds_lightning.cost.calibration import calibration_from_run
 from ds_lightning.cost.ledger import Ledger
 from ds_lightning.cost.ledger_report import ledger_report, ledger_table
@@ -17,6 +19,8 @@ __all__ = [
     "Price",
     "RLStage",
     "Totals",
+    "audit",
+    "audit_tables",
     "calibration_from_run",
     "find_hardware",
     "find_price",
