@@ -41,12 +41,15 @@ BACKENDS = ("grouped_mm", "eager")
 """transformers' implementations of experts that are worth measuring; ``batched_mm`` is slower than both."""
 
 
-def bench_generate(repeats: int = 5, batch: int = 128, prompt_tokens: int = 32, new_tokens: int = 48) -> dict[str, Any]:
+def bench_generate(
+    repeats: int = 5, batch: int = 128, n: int = 1, prompt_tokens: int = 32, new_tokens: int = 48
+) -> dict[str, Any]:
     """Measure both sides in turns, in fp32: plain sampling at temperature 1, no stop token, prefill included.
 
     Args:
         repeats: Measured rounds, after one that is not.
         batch: Sequences that are advanced together.
+        n: Sequences that continue one prompt, a divisor of ``batch``; the peer gets the prompt as often.
         prompt_tokens: Tokens of every prompt.
         new_tokens: Tokens written to each.
 
@@ -56,16 +59,19 @@ def bench_generate(repeats: int = 5, batch: int = 128, prompt_tokens: int = 32, 
     Raises:
         ValueError: If transformers is not installed, or an argument is below 1.
     """
-    arguments = {"repeats": repeats, "batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    arguments = {"repeats": repeats, "batch": batch, "n": n, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     for name, value in arguments.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
+    if batch % n:
+        raise ValueError(f"n is {n}, expected a divisor of batch ({batch})")
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("transformers is not installed, expected it as the peer: pip install 'ds-lightning[dev]'")
     torch.manual_seed(0)
     model = DeepSeek(CONFIG)
-    ids = torch.randint(0, CONFIG.vocab_size, (batch, prompt_tokens))
-    contestants = {"ds_lightning": _ours(model, ids, new_tokens), **_peers(model, ids, new_tokens)}
+    ids = torch.randint(0, CONFIG.vocab_size, (batch // n, prompt_tokens))
+    peers = _peers(model, ids.repeat_interleave(n, 0), new_tokens)
+    contestants = {"ds_lightning": _ours(model, ids, n, new_tokens), **peers}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(repeats + 1):
         for name, run in contestants.items():
@@ -87,10 +93,10 @@ def bench_generate(repeats: int = 5, batch: int = 128, prompt_tokens: int = 32, 
 
 def bench_table(figures: dict[str, Any]) -> Table:
     """Return the figures for a terminal."""
-    title = (
-        f"{figures['parameters']:,} parameters, batch {figures['batch']}, {figures['prompt_tokens']} + "
-        f"{figures['new_tokens']} tokens, fp32, {figures['threads']} threads, median of {figures['repeats']}"
-    )
+    size = f"{figures['parameters']:,} parameters, batch {figures['batch']} with {figures['n']} a prompt"
+    length = f"{figures['prompt_tokens']} + {figures['new_tokens']} tokens"
+    run = f"fp32, {figures['threads']} threads, median of {figures['repeats']}"
+    title = f"{size}, {length}, {run}"
     table = Table(title=title, title_justify="left")
     table.add_column("generate")
     table.add_column("tokens a second", justify="right")
@@ -100,11 +106,11 @@ def bench_table(figures: dict[str, Any]) -> Table:
     return table
 
 
-def _ours(model: DeepSeek, ids: torch.Tensor, new_tokens: int) -> Callable[[], None]:
+def _ours(model: DeepSeek, ids: torch.Tensor, n: int, new_tokens: int) -> Callable[[], None]:
     generator, prompts = Generator(model), ids.tolist()
 
     def run() -> None:
-        samples = generator.generate(prompts, max_new_tokens=new_tokens, max_batch=len(prompts))
+        samples = generator.generate(prompts, n, max_new_tokens=new_tokens, max_batch=n * len(prompts))
         assert all(len(sample.tokens) == new_tokens for sample in samples)
 
     return run

@@ -12,11 +12,11 @@ from ds_lightning.cli import main
 
 def test_figures_follow_from_the_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    small = ["--repeats", "2", "--batch", "3", "--prompt_tokens", "4", "--new_tokens", "2"]
+    small = ["--repeats", "2", "--batch", "6", "--n", "3", "--prompt_tokens", "4", "--new_tokens", "2"]
     assert main(["bench", "generate", "--json", *small]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert list(figures["seconds"]) == ["ds_lightning", "transformers grouped_mm", "transformers eager"]
-    rates = {name: 6 / median(times) for name, times in figures["seconds"].items()}
+    rates = {name: 12 / median(times) for name, times in figures["seconds"].items()}
     assert {len(times) for times in figures["seconds"].values()} == {2}
     assert figures["tokens_per_second"] == pytest.approx(rates)
     ours = rates.pop("ds_lightning")
@@ -33,6 +33,8 @@ def test_a_missing_peer_and_wrong_arguments_are_named(
 ) -> None:
     with pytest.raises(ValueError, match="batch is 0, expected at least 1"):
         bench_generate(batch=0)
+    with pytest.raises(ValueError, match=r"n is 3, expected a divisor of batch \(4\)"):
+        bench_generate(batch=4, n=3)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "generate"]) == 2
     assert capsys.readouterr().err == (
