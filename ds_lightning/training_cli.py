@@ -188,9 +188,12 @@ class TrainingCLI(LightningCLI):
         """Send everything that the run writes to its folder.
 
         Raises:
-            ValueError: If a setting that Lightning takes unchecked is out of range.
+            ValueError: If a setting that Lightning takes unchecked is out of range, or nothing says how long to train.
         """
         options = self._options
+        planned = "model.init_args.total_tokens"
+        if planned in options and options[planned] is None and "data.init_args.epochs" not in options:
+            raise ValueError(f"{planned}: missing, expected a value in the config or on the command line")
         options.trainer.default_root_dir = options.out
         if options.trainer.accumulate_grad_batches < 1:
             found = options.trainer.accumulate_grad_batches

@@ -97,6 +97,15 @@ def _transformers_prompts_it(folder: Path) -> None:
     assert float(likelihood) > -3.0  # 5.8 before any training
 
 
+def test_a_run_that_nothing_says_the_length_of_is_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    settings = config()
+    settings["model"]["init_args"].pop("total_tokens")
+    run = Run(tmp_path, settings, "endless").attempt(status=2)
+    message = "model.init_args.total_tokens: missing, expected a value in the config or on the command line"
+    assert run.attempts[-1].err == f"ds-lightning: {message}\n"
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
