@@ -104,8 +104,8 @@ def test_a_corpus_without_use_is_refused(content: dict[str, bytes] | None, messa
         Path("../text").mkdir()
     for name, data in (content or {}).items():
         Path("../text", name).write_bytes(data)
-    data = {"data__init_args__sources": ["../text"], "data__init_args__folder": "../shards"}
-    own.refuses(message, "fit", "--config", write_settings(Path("../bad.yaml"), **data), "--out", "../out")
+    settings = {"data__init_args__sources": ["../text"], "data__init_args__folder": "../shards"}
+    own.refuses(message, "fit", "--config", write_settings(Path("../bad.yaml"), **settings), "--out", "../out")
     assert not list(Path("..").glob(".shards*"))
 
 

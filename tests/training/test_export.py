@@ -137,10 +137,8 @@ def test_a_checkpoint_without_its_run_is_refused(run: Path, tmp_path: Path) -> N
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run: Path, tmp_path: Path) -> None:
-    larger = tmp_path / "larger.json"
-    train_tokenizer(
-        [Document("a", "river stone cloud light number value return define class import yield " * 9)], 310
-    ).save(str(larger))
+    larger, words = tmp_path / "larger.json", "river stone cloud light number value return define class import yield "
+    train_tokenizer([Document("a", words * 9)], 310).save(str(larger))
     with pytest.raises(ValueError, match=r"larger.json has ids up to \d+, expected at most 299 \(vocab_size - 1\)"):
         export_checkpoint(run, tmp_path / "hf", tokenizer_file=larger)
 
