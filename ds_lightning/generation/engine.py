@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
     sample: Int[Tensor, " rows"]
     key: Int[Tensor, " rows"]
-    count: Int[Tensor, " rows"]
+    written: Int[Tensor, " rows"]
     """Tokens generated so far."""
     token: Int[Tensor, " rows"]
     """The newest of them."""
@@ -80,7 +80,8 @@ class Engine:
         self._entered = 0
         self._prefilled: dict[int, Prefilled] = {}
         self._stop = [torch.tensor(sequence, device=self._device) for sequence in request.stop]
-        self._absorbed = [block.self_attn.absorb() for block in model.layers]
+        self._blocks: list[Any] = list(model.layers)
+        self._absorbed = [block.self_attn.absorb() for block in self._blocks]
         empty = torch.zeros(0, dtype=torch.long, device=self._device)
         longest = max((len(sequence) for sequence in request.stop), default=0)
         self._rows = Rows(empty, empty, empty, empty, empty.view(0, longest))
@@ -129,7 +130,7 @@ class Engine:
         caches, bias = self._cache.seen()
         cos, sin = (table[positions] for table in model.rope_tables(self._cache.longest + 1, self._device))
         x = model.embed_tokens(self._rows.token)
-        for block, cache, absorbed in zip(model.layers, caches, self._absorbed, strict=True):
+        for block, cache, absorbed in zip(self._blocks, caches, self._absorbed, strict=True):
             x, gate = block.decode(x, cos, sin, cache, positions, bias, absorbed)
             gates += [] if gate is None else [gate]
         self._cache.advance()
@@ -168,19 +169,19 @@ class Engine:
     def _choose(self, rows: Rows, logits: Float[Tensor, "rows vocab"]) -> Rows:
         """Draw a token a row and write it down."""
         request = self.request
-        chance = uniform(rows.key, rows.count)
+        chance = uniform(rows.key, rows.written)
         drawn = draw(logits, chance, temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
         self.record.drawn.append((rows.sample, *drawn))
         if request.on_tokens is not None:
             request.on_tokens(rows.sample.tolist(), drawn.tokens.tolist())
         recent = torch.cat((rows.recent[:, 1:], drawn.tokens[:, None]), 1) if self._stop else rows.recent
-        return Rows(rows.sample, rows.key, rows.count + 1, drawn.tokens, recent)
+        return Rows(rows.sample, rows.key, rows.written + 1, drawn.tokens, recent)
 
     def _retire(self) -> None:
         """Let finished samples leave; the last rows move to where they stood."""
         rows = self._rows
         stopped = self._stopped(rows.recent)
-        finished = stopped | (rows.count >= self.request.max_new_tokens)
+        finished = stopped | (rows.written >= self.request.max_new_tokens)
         if not finished.any():
             return
         self.record.stopped.append(rows.sample[stopped])

@@ -154,10 +154,12 @@ def _samples(request: Request, record: Record) -> list[Sample]:
         routing = list(_routing(request, record, counts))
     return [
         Sample(
-            number // request.n,
-            *(column[number] for column in columns),
-            "stop" if number in stopped else "length",
-            routing[number],
+            prompt=number // request.n,
+            tokens=columns[0][number],
+            logprobs=columns[1][number],
+            sampling_logprobs=columns[2][number],
+            finish_reason="stop" if number in stopped else "length",
+            routing=routing[number],
         )
         for number in range(total)
     ]
