@@ -38,11 +38,10 @@ class Budget(Callback):
         self.reached = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is something to go by, and forget an earlier run of the same callback."""
+        """Check that there is something to go by."""
         if stage == "fit" and self._is_limited:
             _find(trainer, CostLedger)
             _find(trainer, Checkpoints)
-            self.reached = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up what earlier attempts have cost."""

@@ -197,8 +197,8 @@ def test_a_limit_that_is_not_positive_is_refused(name: str, value: float) -> Non
         Budget(**{name: value})
 
 
-def test_a_trainer_that_books_or_saves_nothing_is_refused_before_training() -> None:
+def test_a_trainer_that_books_or_saves_nothing_is_refused_before_training(tmp_path: Path) -> None:
     for callbacks, missing in (([], "CostLedger"), ([CostLedger()], "Checkpoints")):
         message = f"^Budget: trainer.callbacks has no {missing}, expected one: add it, or remove Budget$"
         with pytest.raises(ValueError, match=message):
-            trainer(*callbacks, Budget(hours=1)).fit(build(), Rows([draw_step(0)]))
+            trainer(*callbacks, Budget(hours=1), default_root_dir=tmp_path).fit(build(), Rows([draw_step(0)]))
