@@ -114,7 +114,10 @@ def _accepted(owner: str, group: str | None) -> list[str]:
     kind = _find(owner)
     if group and kind is not None:
         kind = get_type_hints(kind.__init__).get(group)
-    return list(signature(kind).parameters) if isinstance(kind, type) else []
+    if not isinstance(kind, type):
+        return []
+    constructors = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
+    return [name for constructor in constructors for name in signature(constructor).parameters]
 
 
 def _siblings(known: list[str], group: str) -> list[str]:

@@ -44,7 +44,8 @@ def policy_loss(
     DeepSeekMath (arXiv:2402.03300, section 4.1, "Group Relative Policy Optimization"): for every token of a completion
     with advantage A and probability ratio r to the policy that sampled it,
     ``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta k3``, where ``k3 = exp(d) - d - 1`` estimates the KL
-    divergence from ``d = log p_ref - log p``.
+    divergence from ``d = log p_ref - log p``. In the dtype of ``logprobs``, expected fp32 or wider. Metrics have TRL's
+    names: those in ``min`` and ``max`` combine by minimum and maximum over batches, all others add up to the mean.
 
     Args:
         logprobs: Log-probabilities of the completions' tokens under the policy that learns, in nats.
@@ -56,36 +57,22 @@ def policy_loss(
         ratio_level: One ratio a token, or the geometric mean of a completion's.
         epsilon: How far a ratio may fall below 1 before its gradient stops; above 1 there is no such bound.
         epsilon_high: How far it may rise above 1; None: as ``epsilon``. R1 uses 10.
-        delta: Upper bound of ratios whatever the sign of the advantage; None: none. Above ``1 + epsilon_high``.
+        delta: Upper bound of ratios whatever the sign of the advantage, above ``1 + epsilon_high``; None: none.
         beta: Weight of the KL term, which needs ``ref_logprobs``.
         rollout_cap: Upper bound of the weight that corrects for the sampler (truncated importance sampling).
-        old_logprobs: Under the weights that sampled, by the training code; None: the weights are the same
-            (strictly on-policy), the ratio is 1 with a gradient.
+        old_logprobs: Under the weights that sampled, by the training code; None: they are the same, the ratio is 1.
         ref_logprobs: Under the reference policy.
-        rollout_logprobs: As the sampler reported them; given, each token's term is weighted by
-            ``min(exp(old - rollout), rollout_cap)``, which corrects what the sampler computes differently.
+        rollout_logprobs: As the sampler reported them; given, terms are weighted by ``min(exp(old - rollout), cap)``.
         entropy: Of each token's distribution, for the metric only.
-
-    Returns:
-        The loss, and metrics under the names that TRL gives them. Those that end in ``min`` and ``max`` combine by
-        minimum and maximum over batches and are taken over completions; all others are shares that add up to the mean.
 
     Raises:
         ValueError: If a bound or ``beta`` is out of range, or ``beta`` has no reference.
-
-    Numerics: in the dtype of ``logprobs``, expected fp32 or wider.
     """
     high = _checked_bounds(epsilon, epsilon_high, delta, beta, rollout_cap, ref_logprobs)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
-    weights = _token_weights(mask.to(logprobs.dtype), totals, normalise)
-    log_ratio = (logprobs - old).masked_fill(~mask, 0)
-    if ratio_level == "sequence":
-        log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
-    ratio, advantage = log_ratio.exp(), advantages.unsqueeze(-1)
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
-    per_token = -torch.min(bounded * advantage, ratio.clamp(1 - epsilon, 1 + high) * advantage)
-
-    metrics = _clip_metrics((ratio < 1 - epsilon) & (advantage < 0), (ratio > 1 + high) & (advantage > 0), mask, totals)
+    per_token, metrics = _clipped(
+        _ratio(logprobs, old, mask, ratio_level), advantages.unsqueeze(-1), mask, totals, (1 - epsilon, 1 + high, delta)
+    )
     if rollout_logprobs is not None:
         difference = (old - rollout_logprobs).detach().masked_fill(~mask, 0)
         correction = difference.exp().clamp(max=rollout_cap)
@@ -98,7 +85,7 @@ def policy_loss(
         metrics["kl"] = kl.detach().sum() / totals.tokens
     if entropy is not None:
         metrics["entropy"] = entropy.detach().masked_fill(~mask, 0).sum() / totals.tokens
-    return (per_token * weights).sum(), metrics
+    return (per_token * _token_weights(mask.to(logprobs.dtype), totals, normalise)).sum(), metrics
 
 
 grpo_loss = partial(policy_loss, normalise="sequence")
@@ -115,6 +102,24 @@ gspo_loss = partial(policy_loss, normalise="sequence", ratio_level="sequence", e
 
 VARIANTS = {"grpo": grpo_loss, "dapo": dapo_loss, "dr_grpo": dr_grpo_loss, "gspo": gspo_loss}
 """The losses by the names that configurations use."""
+
+
+def _ratio(logprobs: Tensor, old: Tensor, mask: Tensor, ratio_level: str) -> Tensor:
+    """Return probability ratios to the policy that sampled: one a token, or one column of them."""
+    log_ratio = (logprobs - old).masked_fill(~mask, 0)
+    if ratio_level == "sequence":
+        log_ratio = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
+    return log_ratio.exp()
+
+
+def _clipped(
+    ratio: Tensor, advantage: Tensor, mask: Tensor, totals: Totals, bounds: tuple[float, float, float | None]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the clipped term of each ratio, and how many were clipped."""
+    low, high, delta = bounds
+    bounded = ratio if delta is None else ratio.clamp(max=delta)
+    per_token = -torch.min(bounded * advantage, ratio.clamp(low, high) * advantage)
+    return per_token, _clip_metrics((ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0), mask, totals)
 
 
 def _checked_bounds(

@@ -91,26 +91,16 @@ class RolloutDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        numbers = {
-            "rollouts": rollouts,
-            "prompts": prompts,
-            "steps_per_rollout": steps_per_rollout,
-            "max_completion_length": max_completion_length,
-            "max_batch": max_batch,
-            "workers": workers,
-        }
-        for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if num_generations < 2:
-            raise ValueError(f"num_generations is {num_generations}, expected at least 2: a group is its own baseline")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, expected more than 0: exploration needs chance")
-        if prompts * num_generations % steps_per_rollout:
-            raise ValueError(
-                f"steps_per_rollout is {steps_per_rollout}, expected a divisor of prompts times num_generations, "
-                f"{prompts * num_generations}"
-            )
+        self._check(
+            num_generations,
+            steps_per_rollout,
+            temperature,
+            rollouts=rollouts,
+            prompts=prompts,
+            max_completion_length=max_completion_length,
+            max_batch=max_batch,
+            workers=workers,
+        )
         self.task = task
         self.scorer = Scorer(rewards, workers=workers, limits=limits)
         self.tokenizer_path = tokenizer
@@ -131,6 +121,21 @@ class RolloutDataModule(pl.LightningDataModule):
         self._next_problem = 0
         self._steps: list[list[Experience]] = []  # of the running rollout
         self._scoring = False
+
+    @staticmethod
+    def _check(num_generations: int, steps_per_rollout: int, temperature: float, **counts: int) -> None:
+        for name, value in {**counts, "steps_per_rollout": steps_per_rollout}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if num_generations < 2:
+            raise ValueError(f"num_generations is {num_generations}, expected at least 2: a group is its own baseline")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}, expected more than 0: exploration needs chance")
+        if counts["prompts"] * num_generations % steps_per_rollout:
+            raise ValueError(
+                f"steps_per_rollout is {steps_per_rollout}, expected a divisor of prompts times num_generations, "
+                f"{counts['prompts'] * num_generations}"
+            )
 
     @property
     def num_steps(self) -> int:

@@ -36,12 +36,15 @@ def export_checkpoint(path: Path, folder: Path, *, tokenizer_file: Path | None =
     prepared, named = (value_at(config, f"data.init_args.{key}") for key in ("folder", "tokenizer"))
     if not isinstance(fields, dict) or not (isinstance(prepared, str) or isinstance(named, str)):
         raise ValueError(f"{run_dir / CONFIG} lacks model.init_args.config or data.init_args.folder, expected a run's")
+    own = tokenizer_file is None
     if tokenizer_file is None:
         tokenizer_file = Path(prepared) / "tokenizer.json" if prepared else Path(named)
     if not tokenizer_file.is_file():
         raise ValueError(f"{tokenizer_file} is missing, expected the run's tokenizer: name it with --tokenizer")
-    tokenizer = load_tokenizer(tokenizer_file)
-    eos_id, pad_id = special_id(tokenizer, END_OF_TEXT), special_id(tokenizer, PAD)
+    eos_id = pad_id = None
+    if own:
+        tokenizer = load_tokenizer(tokenizer_file)
+        eos_id, pad_id = special_id(tokenizer, END_OF_TEXT), special_id(tokenizer, PAD)
     state = torch.load(path / checkpoint.STATE, map_location="cpu", weights_only=True)["state_dict"]
     try:
         model = build_model(fields, state)

@@ -48,7 +48,8 @@ def draw_step(seed: int, *, documents: bool = False) -> Batch:
     labels = tokens[:, 1:].clone()
     dropped = torch.rand(ROWS, SEQ, generator=rng) < torch.linspace(0, 0.5, ROWS)[:, None]
     labels[dropped] = IGNORE
-    batch = {"input_ids": tokens[:, :-1].clone(), "labels": labels, "step_tokens": int((labels != IGNORE).sum())}
+    counted = int((labels != IGNORE).sum())
+    batch = {"input_ids": tokens[:, :-1].clone(), "labels": labels, "step_tokens": counted, "step_labels": counted}
     if documents:
         batch["segment_ids"] = (torch.arange(SEQ) >= torch.randint(1, SEQ, (ROWS, 1), generator=rng)).long()
     return batch
@@ -58,7 +59,11 @@ def split(step: Batch, parts: int) -> list[Batch]:
     """Return the micro-batches of a step, or what each rank has of it."""
     pieces = {name: value.chunk(parts) for name, value in step.items() if isinstance(value, Tensor)}
     return [
-        {**{name: piece[part] for name, piece in pieces.items()}, "step_tokens": step["step_tokens"]}
+        {
+            **{name: piece[part] for name, piece in pieces.items()},
+            "step_tokens": step["step_tokens"],
+            "step_labels": step["step_labels"],
+        }
         for part in range(parts)
     ]
 
