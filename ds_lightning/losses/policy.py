@@ -52,9 +52,9 @@ def policy_loss(
         advantages: One a completion.
         mask: Tokens that are counted; what stands at the others has no influence.
         totals: Divisors; those of the whole step.
-        normalise: ``sequence`` averages over a completion's tokens, then over completions; ``token`` over all tokens;
-            ``constant`` divides by completions times ``max_tokens``.
-        ratio_level: One ratio a token, or the geometric mean of a completion's.
+        normalise: Mean over tokens, then completions (``sequence``), over all tokens (``token``), or the sum divided by
+            completions times ``max_tokens`` (``constant``).
+        ratio_level: One ratio a token, or a completion's geometric mean.
         epsilon: How far a ratio may fall below 1 before its gradient stops; above 1 there is no such bound.
         epsilon_high: How far it may rise above 1; None: as ``epsilon``. R1 uses 10.
         delta: Upper bound of ratios whatever the sign of the advantage, above ``1 + epsilon_high``; None: none.
@@ -68,21 +68,16 @@ def policy_loss(
     Raises:
         ValueError: If a bound or ``beta`` is out of range, or ``beta`` has no reference.
     """
-    high = _checked_bounds(epsilon, epsilon_high, delta, beta, rollout_cap, ref_logprobs)
+    bounds = _checked_bounds(epsilon, epsilon_high, delta, beta, rollout_cap, ref_logprobs)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
-    per_token, metrics = _clipped(
-        _ratio(logprobs, old, mask, ratio_level), advantages.unsqueeze(-1), mask, totals, (1 - epsilon, 1 + high, delta)
-    )
+    ratio = _ratio(logprobs, old, mask, ratio_level)
+    per_token, metrics = _clipped(ratio, advantages.unsqueeze(-1), mask, totals, bounds)
     if rollout_logprobs is not None:
-        difference = (old - rollout_logprobs).detach().masked_fill(~mask, 0)
-        correction = difference.exp().clamp(max=rollout_cap)
-        per_token = per_token * correction
-        metrics |= _sampling_metrics(difference.abs(), correction, mask, totals)
+        correction, found = _correction((old - rollout_logprobs).detach(), rollout_cap, mask, totals)
+        per_token, metrics = per_token * correction, metrics | found
     if ref_logprobs is not None:
-        distance = (ref_logprobs - logprobs).masked_fill(~mask, 0)
-        kl = distance.exp() - distance - 1
-        per_token = per_token + beta * kl
-        metrics["kl"] = kl.detach().sum() / totals.tokens
+        kl = _k3((ref_logprobs - logprobs).masked_fill(~mask, 0))
+        per_token, metrics["kl"] = per_token + beta * kl, kl.detach().sum() / totals.tokens
     if entropy is not None:
         metrics["entropy"] = entropy.detach().masked_fill(~mask, 0).sum() / totals.tokens
     return (per_token * _token_weights(mask.to(logprobs.dtype), totals, normalise)).sum(), metrics
@@ -129,8 +124,8 @@ def _checked_bounds(
     beta: float,
     rollout_cap: float,
     ref_logprobs: Tensor | None,
-) -> float:
-    """Return the upper clipping distance."""
+) -> tuple[float, float, float | None]:
+    """Return the least and the largest ratio with a gradient, and the bound of all."""
     high = epsilon if epsilon_high is None else epsilon_high
     for name, value in (("epsilon", epsilon), ("epsilon_high", high), ("rollout_cap", rollout_cap)):
         if not value > 0:
@@ -141,7 +136,7 @@ def _checked_bounds(
         raise ValueError(f"beta is {beta}, expected 0 or more")
     if beta > 0 and ref_logprobs is None:
         raise ValueError(f"beta is {beta} without a reference policy, expected ref_logprobs, or beta 0")
-    return high
+    return 1 - epsilon, 1 + high, delta
 
 
 def _token_weights(mask: Tensor, totals: Totals, normalise: str) -> Tensor:
@@ -166,6 +161,17 @@ def _clip_metrics(low: Tensor, high: Tensor, mask: Tensor, totals: Totals) -> di
         "clip_ratio/high_max": (high.sum(-1) / per_sequence).max(),
         "clip_ratio/region_mean": (low | high).sum() / total,
     }
+
+
+def _k3(distance: Tensor) -> Tensor:
+    return distance.exp() - distance - 1
+
+
+def _correction(difference: Tensor, cap: float, mask: Tensor, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weight of truncated importance sampling of each token, and how far the sampler was off."""
+    difference = difference.masked_fill(~mask, 0)
+    correction = difference.exp().clamp(max=cap)
+    return correction, _sampling_metrics(difference.abs(), correction, mask, totals)
 
 
 def _sampling_metrics(difference: Tensor, correction: Tensor, mask: Tensor, totals: Totals) -> dict[str, Tensor]:
