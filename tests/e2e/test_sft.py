@@ -35,13 +35,13 @@ def _fine_tuning(**overrides: Any) -> dict[str, Any]:
             "folder": "answers",
             "tokenizer": "base/weights/tokenizer.json",
             "seq_len": 128,
-            "batch_size": 8,
-            "epochs": 3,
+            "batch_size": 4,
+            "epochs": 8,
             "val_fraction": 0.1,
         },
     }
     settings = config(samples__prompts=["<|user|>river 2<|assistant|><think>"], data=data, **overrides)
-    settings["model"]["init_args"] = {"config": MODEL, "weights": "base/weights", "lr": 4e-3}
+    settings["model"]["init_args"] = {"config": MODEL, "weights": "base/weights", "lr": 1e-2}
     return settings
 
 
