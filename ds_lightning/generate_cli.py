@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from ds_lightning.data.tokenizer import END_OF_TEXT, load_tokenizer
+from ds_lightning.data.tokenizer import END_OF_TEXT, load_tokenizer, special_id
 from ds_lightning.generation import Generator, Sample
 from ds_lightning.models import DeepSeek
 from ds_lightning.models.hf import load_hf
@@ -98,7 +98,7 @@ def stop_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:
             named = read_json_object(folder / name).get("eos_token_id")
             if named is not None:
                 return [named] if isinstance(named, int) else list(named)
-    return [tokenizer.token_to_id(END_OF_TEXT)]
+    return [special_id(tokenizer, END_OF_TEXT)]
 
 
 def _figures(tokenizer: Tokenizer, sample: Sample) -> dict[str, Any]:

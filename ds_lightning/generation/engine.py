@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_lightning.generation.cache import LatentCache
 from ds_lightning.generation.sampling import draw, mix, uniform
 from ds_lightning.models import DeepSeek
+from ds_lightning.models.deepseek import Block
 from ds_lightning.ops.topk_gate import Gate
 
 PREFILL_TOKENS = 8192
@@ -48,7 +49,7 @@ class Rows(NamedTuple):
 
     sample: Int[Tensor, " rows"]
     key: Int[Tensor, " rows"]
-    count: Int[Tensor, " rows"]
+    length: Int[Tensor, " rows"]
     """Tokens generated so far."""
     token: Int[Tensor, " rows"]
     """The newest of them."""
@@ -80,7 +81,8 @@ class Engine:
         self._entered = 0
         self._prefilled: dict[int, Prefilled] = {}
         self._stop = [torch.tensor(sequence, device=self._device) for sequence in request.stop]
-        self._absorbed = [block.self_attn.absorb() for block in model.layers]
+        self._blocks = [block for block in model.layers if isinstance(block, Block)]
+        self._absorbed = [block.self_attn.absorb() for block in self._blocks]
         empty = torch.zeros(0, dtype=torch.long, device=self._device)
         longest = max((len(sequence) for sequence in request.stop), default=0)
         self._rows = Rows(empty, empty, empty, empty, empty.view(0, longest))
@@ -129,7 +131,7 @@ class Engine:
         caches, bias = self._cache.seen()
         cos, sin = (table[positions] for table in model.rope_tables(self._cache.longest + 1, self._device))
         x = model.embed_tokens(self._rows.token)
-        for block, cache, absorbed in zip(model.layers, caches, self._absorbed, strict=True):
+        for block, cache, absorbed in zip(self._blocks, caches, self._absorbed, strict=True):
             x, gate = block.decode(x, cos, sin, cache, positions, bias, absorbed)
             gates += [] if gate is None else [gate]
         self._cache.advance()
@@ -168,19 +170,19 @@ class Engine:
     def _choose(self, rows: Rows, logits: Float[Tensor, "rows vocab"]) -> Rows:
         """Draw a token a row and write it down."""
         request = self.request
-        chance = uniform(rows.key, rows.count)
+        chance = uniform(rows.key, rows.length)
         drawn = draw(logits, chance, temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
         self.record.drawn.append((rows.sample, *drawn))
         if request.on_tokens is not None:
             request.on_tokens(rows.sample.tolist(), drawn.tokens.tolist())
         recent = torch.cat((rows.recent[:, 1:], drawn.tokens[:, None]), 1) if self._stop else rows.recent
-        return Rows(rows.sample, rows.key, rows.count + 1, drawn.tokens, recent)
+        return Rows(rows.sample, rows.key, rows.length + 1, drawn.tokens, recent)
 
     def _retire(self) -> None:
         """Let finished samples leave; the last rows move to where they stood."""
         rows = self._rows
         stopped = self._stopped(rows.recent)
-        finished = stopped | (rows.count >= self.request.max_new_tokens)
+        finished = stopped | (rows.length >= self.request.max_new_tokens)
         if not finished.any():
             return
         self.record.stopped.append(rows.sample[stopped])

@@ -147,17 +147,19 @@ def _samples(request: Request, record: Record) -> list[Sample]:
         torch.cat(column).cpu() for column in zip(*record.drawn, strict=True)
     )
     order, counts = samples.argsort(stable=True), samples.bincount(minlength=total).tolist()
-    columns = [column[order].split(counts) for column in (tokens, logprobs, sampling_logprobs)]
+    own = [column[order].split(counts) for column in (tokens, logprobs, sampling_logprobs)]
     stopped = set(torch.cat(record.stopped).tolist())
     routing: list[Tensor | None] = [None] * total
     if record.prompt_routing:
         routing = list(_routing(request, record, counts))
     return [
         Sample(
-            number // request.n,
-            *(column[number] for column in columns),
-            "stop" if number in stopped else "length",
-            routing[number],
+            prompt=number // request.n,
+            tokens=own[0][number],
+            logprobs=own[1][number],
+            sampling_logprobs=own[2][number],
+            finish_reason="stop" if number in stopped else "length",
+            routing=routing[number],
         )
         for number in range(total)
     ]
