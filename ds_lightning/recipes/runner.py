@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,8 +133,8 @@ class _Runner:
             status = self._process(stage, job, log)
             if (self.folder / stage.name / REPORT).is_file() and status in (DONE, STOPPED):  # 3: its budget is spent
                 return DONE if self.asked is None else STOPPED
-            if status == STOPPED or (self.asked is not None and status == -self.asked):
-                break
+            if status == STOPPED or (self.asked is not None and status in (FAILED, -self.asked)):
+                break  # a signal before the handlers of a stage are there ends it at once
             if status != DONE:
                 said = f"was ended by signal {-status}" if status < 0 else f"failed with status {status}"
                 print(f"stage {stage.name}: {job[0]} {said}; the same command goes on", file=sys.stderr, flush=True)
@@ -155,7 +154,7 @@ class _Runner:
                 stdout=output,
                 pass_fds=[self.lock],
                 process_group=0,  # Ctrl-C reaches the runner alone, which passes it on once
-                preexec_fn=_end_with_parent(),  # noqa: PLW1509  # the runner has one thread
+                preexec_fn=_end_with_parent(),  # the runner has one thread
             )
         if self.asked is not None:
             self.child.send_signal(self.asked)

@@ -189,9 +189,9 @@ class RolloutDataModule(pl.LightningDataModule):
         """Return the micro-batches of this rank, generated as they are asked for."""
         return RolloutLoader(self)
 
-    def val_dataloader(self) -> list[dict[str, Any]]:
+    def val_dataloader(self) -> list[list[dict[str, Any]]]:
         """Return one empty batch: what is measured on held-out problems, a callback measures."""
-        return [{}]
+        return [[{}]]  # a list of loaders
 
     def batches(self) -> Iterator[Experience]:
         """Yield micro-batches from where the run stands; a rollout is made when its first one is asked for."""

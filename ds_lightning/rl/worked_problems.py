@@ -71,6 +71,7 @@ class WorkedProblemsDataModule(TokenDataModule):
         self.wrong = wrong
         self.worked_seed = seed
         self.texts = list(sources)
+        self.template = ChatTemplate()
 
     def prepare_data(self) -> None:
         """Write the documents, and prepare them with the other text."""
@@ -105,7 +106,7 @@ class WorkedProblemsDataModule(TokenDataModule):
             "thought": f"{THINK[0]}{thought}{THINK[1]}{result}",
             "bare": f"{THINK[0]}{THINK[1]}{result}",
         }[form]
-        text = ChatTemplate().render([*messages, {"role": "assistant", "content": answer}])
+        text = self.template.render([*messages, {"role": "assistant", "content": answer}])
         return text.removesuffix(END_OF_TEXT)  # every document is given one
 
 
