@@ -228,12 +228,14 @@ def run(argv: list[str]) -> int:
     path = Path(options.ledger) if options.ledger else folder / LEDGER_NAME
     with writing(folder):
         ledger = Ledger.open(path, find_price(**{"device": "cpu", **options.cost}), num_devices=options.num_devices)
-        _claim(folder, options.as_dict())
-        made = parser.instantiate_classes(options).as_dict()
-        job = Rejection(
-            **{name: value for name, value in made.items() if name not in ("ledger", "cost", "num_devices")}
-        )
-        result = job.run(ledger)
+        try:
+            _claim(folder, options.as_dict())
+            made = parser.instantiate_classes(options).as_dict()
+            outside = ("ledger", "cost", "num_devices")
+            job = Rejection(**{name: value for name, value in made.items() if name not in outside})
+            result = job.run(ledger)
+        finally:
+            ledger.close()
     if result is None:
         print(f"stopped early; the same command goes on in {folder}", file=sys.stderr)
         return 3

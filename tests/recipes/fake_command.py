@@ -1,8 +1,8 @@
 """Stands in for ``ds-lightning fit`` and ``sample``: books time, passes on a number, and does what it is told.
 
 A stage's weights are a number: that of the stage before it times ten, plus one. ``FAKE`` in the environment is
-``STAGE ACTION``: ``fail`` ends it with status 1, ``hang`` lets it wait for a signal and end with status 3, ``kill`` kills
-this process and its parent at once.
+``STAGE ACTION``: ``fail`` ends it with status 1, ``hang`` lets it wait for a signal and end with status 3, ``kill``
+kills this process and its parent at once.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ds_lightning.cost.ledger_report import ledger_report
 
 
 def main(argv: list[str]) -> int:
-    configs = [Path(value) for option, value in zip(argv, argv[1:], strict=False) if option == "--config"]
+    configs = [Path(value) for option, value in pairwise(argv) if option == "--config"]
     settings: dict[str, Any] = yaml.safe_load(configs[-1].read_text())
     fit = argv[0] == "fit"
     out = Path(argv[argv.index("--out") + 1]) if fit else Path(settings["ledger"]).parent

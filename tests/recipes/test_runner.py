@@ -153,9 +153,7 @@ def test_a_recipe_that_was_changed_after_stages_ran(tmp_path: Path) -> None:
     finish(tmp_path, fake="last fail", status=1)
     write(tmp_path, [STAGES[0], {**STAGES[1], "set": {"model.init_args.lr": 2.0}}, *STAGES[2:]])
     _, err = finish(tmp_path, status=1)
-    assert err.startswith(
-        "refused: r.yaml was changed after its stage zero ran in out: stages.zero.model was None, is now"
-    )
+    assert err.startswith("refused: r.yaml was changed after its stage zero ran in out: stages.zero.model was None")
     write(tmp_path, [STAGES[0], {**STAGES[3], "from": "base"}])
     _, err = finish(tmp_path, status=1)
     assert err.startswith("refused: r.yaml has no stage zero, which out has run: give another --out")
