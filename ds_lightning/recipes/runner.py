@@ -292,7 +292,8 @@ def _booked_alone(folder: Path) -> int:
     if not (folder / LEDGER_NAME).is_file():
         return 0
     report = ledger_report(folder)
-    return round(report.get("between", report)["wall_seconds"] * 1e9)
+    seconds: float = report.get("between", report)["wall_seconds"]
+    return round(seconds * 1e9)
 
 
 def _write_yaml(path: Path, content: dict[str, Any]) -> None:

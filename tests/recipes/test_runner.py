@@ -26,7 +26,7 @@ assert not {"torch", "lightning", "numpy"} & set(sys.modules), "the runner is li
 sys.exit(status)
 """.replace("FAKE", repr(str(Path(__file__).with_name("fake_command.py"))))
 SAMPLE = {"from": "zero", "task": {}, "rewards": [{"function": "format"}], "problems": 4}
-STAGES = [
+STAGES: list[dict[str, Any]] = [
     {"name": "base", "fit": ["fit.yaml"], "what": "the start"},
     {"name": "zero", "fit": ["fit.yaml"], "from": "base"},
     {"name": "sft", "fit": ["fit.yaml"], "from": "base", "sample": SAMPLE},
