@@ -95,23 +95,22 @@ class _Runner:
 
     def run(self, as_json: bool) -> int:
         """Run what is not finished and return the exit status."""
-        status, shown = DONE, False
+        status = DONE
         for stage in self.recipe.stages:
             self._open(stage)
             if (self.folder / stage.name / REPORT).is_file():
                 continue
-            shown = True
             status = self._stage(stage)
             self._open(stage)
-            if status == DONE and not as_json:
+            if status == DONE and not as_json and stage is not self.recipe.stages[-1]:
                 Console().print(recipe_table(write_recipe_report(self.recipe, self.folder)))
             if status != DONE:
                 break
-        self._close()
+        self._close()  # so that the last table shows the sums that stay
         report = write_recipe_report(self.recipe, self.folder)
         if as_json:
             print(json.dumps(report, indent=1))
-        elif status != DONE or not shown:
+        else:
             Console().print(recipe_table(report))
         return status
 
