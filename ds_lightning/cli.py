@@ -26,6 +26,8 @@ HELP = """usage: ds-lightning COMMAND [options]
   validate   measure the held-out loss of a run: the same options as fit
   test       the same as validate
   predict    hidden states of the held-out text
+  recipe     stages one after the other: ds-lightning recipe configs/recipes/r1_laptop.yaml --out runs/r1
+  sample     answers that rewards keep, to fine-tune on: ds-lightning sample --config FILE
   data       prepare a corpus: ds-lightning data prepare --sources '["docs/*.md"]' --folder data/docs
   export     a run or checkpoint to Hugging Face layout: ds-lightning export RUN_DIR OUT_DIR
   import     a Hugging Face folder, checked and converted: ds-lightning import HF_DIR OUT_DIR
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {
         **dict.fromkeys(("fit", "validate", "test", "predict"), _train),
+        "recipe": _recipe,
+        "sample": _sample,
         "data": _data,
         "export": _export,
         "import": _import,
@@ -108,6 +112,25 @@ def _ours(error: BaseException) -> BaseException | None:
 
 def _train(argv: list[str]) -> int:
     from ds_lightning.training_cli import run  # Lightning and torch take seconds: only where they are needed
+
+    return run(argv)
+
+
+def _recipe(argv: list[str]) -> int:
+    from ds_lightning.recipes.runner import run_recipe
+
+    parser = _parser("recipe")
+    parser.add_argument("recipe", type=str, help="YAML file with the stages")
+    parser.add_argument("--out", type=str, help="folder of the runs; none: runs/ and the name of the recipe")
+    parser.add_argument("--seed", type=int, help="in place of the recipe's own")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = _parse(parser, argv)
+    out = options.out or f"runs/{Path(options.recipe).stem}"
+    return run_recipe(options.recipe, out, seed=options.seed, as_json=options.json)
+
+
+def _sample(argv: list[str]) -> int:
+    from ds_lightning.recipes.rejection import run
 
     return run(argv)
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ds_lightning.cost.heartbeat import read_heartbeat
-from ds_lightning.cost.records import Terms, book_into, from_seconds, read_ledger
+from ds_lightning.cost.records import PHASES, Terms, book_into, from_seconds, read_ledger
 
 LEDGER_NAME = "ledger.jsonl"
 """Name of the ledger in a run folder."""
@@ -18,17 +18,51 @@ def ledger_report(run_dir: str | Path) -> dict[str, Any]:
     """Verify a run's ledger and return its sums as JSON-ready values; nothing is changed.
 
     Seconds that a running or a killed attempt has in its heartbeat only are counted, and given as
-    ``unwritten_seconds``.
+    ``unwritten_seconds``. The folder of a recipe holds the folders of its stages: their sums are given under
+    ``stages``, in the order in which they began, those of the time between stages under ``between``, and all other
+    sums are over all of them.
 
     Args:
-        run_dir: The run's folder.
+        run_dir: The folder of a run or of a recipe.
 
     Raises:
-        ValueError: If there is no ledger in the folder, or it was tampered with.
+        ValueError: If there is no ledger in the folder, or one was tampered with.
     """
     path = Path(run_dir) / LEDGER_NAME
     if not path.is_file():
         raise ValueError(f"{run_dir} has no {LEDGER_NAME}, expected the folder of a run")
+    own = _sums(path)
+    stages = sorted(path.parent.glob(f"*/{LEDGER_NAME}"), key=_began)
+    if not stages:
+        return own
+    reports = {stage.parent.name: _sums(stage) for stage in stages}
+    return {"ledger": own["ledger"], **_added([own, *reports.values()]), "stages": reports, "between": own}
+
+
+def _began(path: Path) -> str:
+    """Return when the first record of a ledger was written; whether it is sound is seen elsewhere."""
+    with path.open(encoding="utf-8") as lines:
+        first = next(lines, "")
+    return first.partition('"time":')[2][:30].strip(' "')
+
+
+def _added(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sums of several ledgers."""
+    keys = ("records", "torn_bytes", "unwritten_seconds", "attempts", "wall_seconds", "device_hours", "usd")
+    total: dict[str, Any] = {"chain": "ok", **{key: sum(report[key] for report in reports) for key in keys}}
+    hours = total["device_hours"]
+    total["phases"] = {}
+    for phase in PHASES:
+        rows = [report["phases"][phase] for report in reports if phase in report["phases"]]
+        if rows:
+            row = {key: sum(row[key] for row in rows) for key in ("seconds", "device_hours", "usd")}
+            total["phases"][phase] = {**row, "share": row["device_hours"] / hours if hours else 0.0}
+    total["terms"] = [term for report in reports for term in report["terms"]]
+    return total
+
+
+def _sums(path: Path) -> dict[str, Any]:
+    """Verify one ledger and return its sums."""
     ledger = read_ledger(path)
     unwritten = 0
     beat = read_heartbeat(path.with_suffix(".heartbeat"))
@@ -78,13 +112,19 @@ def ledger_table(report: dict[str, Any]) -> Table:
     table.add_column("phase")
     for name in ("device-hours", "share", "usd"):
         table.add_column(name, justify="right")
+    if "stages" in report:
+        table.columns[0].header = "stage, phase"
+        for stage, sums in {**report["stages"], "between stages": report["between"]}.items():
+            share = sums["device_hours"] / report["device_hours"] if report["device_hours"] else 0.0
+            table.add_row(stage, figure(sums["device_hours"]), f"{share:.1%}", figure(sums["usd"]))
+        table.add_section()
     for phase, row in report["phases"].items():
-        table.add_row(phase, _figure(row["device_hours"]), f"{row['share']:.1%}", _figure(row["usd"]))
+        table.add_row(phase, figure(row["device_hours"]), f"{row['share']:.1%}", figure(row["usd"]))
     table.add_section()
-    table.add_row("total", _figure(report["device_hours"]), "100.0%", _figure(report["usd"]))
+    table.add_row("total", figure(report["device_hours"]), "100.0%", figure(report["usd"]))
     return table
 
 
-def _figure(value: float) -> str:
-    """Four figures of a laptop's cents, all dollars of a cluster's bill."""
+def figure(value: float) -> str:
+    """Return a sum as text: four figures of a laptop's cents, all dollars of a cluster's bill."""
     return f"{value:,.2f}" if abs(value) >= 1000 else f"{value:.4g}"

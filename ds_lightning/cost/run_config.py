@@ -128,10 +128,20 @@ def read_run(files: str | Path | Sequence[str | Path]) -> RunConfig:
         OSError: If a file cannot be read.
     """
     paths = [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
+    return run_of(read_sections(paths), tuple(map(str, paths)))
+
+
+def read_sections(files: Sequence[str | Path]) -> dict[str, Any]:
+    """Return the sections of config files, later ones over earlier ones, with the fields of the model in their place.
+
+    Raises:
+        ValueError: If a file is not YAML.
+        OSError: If a file cannot be read.
+    """
     content: dict[str, Any] = {}
-    for path in paths:
-        content = _merge(content, _resolved(_read(path), path))
-    return run_of(content, tuple(map(str, paths)))
+    for path in map(Path, files):
+        content = merged(content, _resolved(read_yaml(path), path))
+    return content
 
 
 def run_of(content: dict[str, Any], files: tuple[str, ...]) -> RunConfig:
@@ -157,7 +167,13 @@ def run_of(content: dict[str, Any], files: tuple[str, ...]) -> RunConfig:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of sections.
+
+    Raises:
+        ValueError: If it is not one.
+        OSError: If it cannot be read.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -171,16 +187,28 @@ def _resolved(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Put the fields of a model in the place of the path to them, which is relative to the file."""
     shape = _at(content, "model.init_args.config", None)
     if isinstance(shape, str):
-        content["model"]["init_args"]["config"] = _read(path.parent / shape)
+        content["model"]["init_args"]["config"] = read_yaml(path.parent / shape)
     return content
 
 
-def _merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(earlier)
+def merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Return nested settings in which later ones replace earlier ones, value by value."""
+    both = dict(earlier)
     for key, value in later.items():
-        both = isinstance(value, dict) and isinstance(earlier.get(key), dict)
-        merged[key] = _merge(earlier[key], value) if both else value
-    return merged
+        nested = isinstance(value, dict) and isinstance(earlier.get(key), dict)
+        both[key] = merged(earlier[key], value) if nested else value
+    return both
+
+
+def first_difference(key: str, earlier: Any, now: Any) -> str:
+    """Say in what two nested settings differ first, by dotted key; an empty text where they are equal."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        for name in [*earlier, *(name for name in now if name not in earlier)]:
+            difference = first_difference(f"{key}.{name}" if key else name, earlier.get(name), now.get(name))
+            if difference:
+                return difference
+        return ""
+    return "" if earlier == now else f"{key} was {earlier!r}, is now {now!r}"
 
 
 def _at(content: Any, key: str, default: Any) -> Any:

@@ -76,6 +76,8 @@ class TokenDataModule(RowDataModule):
         mask_documents: Whether batches carry ``segment_ids``, so that attention can stay within documents.
         on_bad_utf8: Whether text that is not UTF-8 is an error or is skipped and listed in the manifest.
         text_key: Key or column of the text in JSON lines, Parquet and datasets.
+        markup: Whether text that spells a special token encodes to it: for conversations rendered by a chat template,
+            and not for text that others wrote.
         seed: Of split, order and rearrangement.
         num_workers: Processes that read ahead.
 
@@ -104,6 +106,7 @@ class TokenDataModule(RowDataModule):
         mask_documents: bool = False,
         on_bad_utf8: OnBadUtf8 = "error",
         text_key: str = "text",
+        markup: bool = False,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -124,6 +127,7 @@ class TokenDataModule(RowDataModule):
         self.mask_documents = mask_documents
         self.on_bad_utf8 = on_bad_utf8
         self.text_key = text_key
+        self.markup = markup
         if ramp_multiple is None:
             ramp_multiple = gcd(batch_size, start_batch_size or batch_size)
         self.plan = StepPlan(
@@ -142,6 +146,7 @@ class TokenDataModule(RowDataModule):
             fim_rate=self.fim_rate,
             on_bad_utf8=self.on_bad_utf8,
             text_key=self.text_key,
+            markup=self.markup,
             seed=self.seed,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from ds_lightning.data.tokenizer import (
     FIM_BEGIN,
     FIM_END,
     FIM_HOLE,
+    SPECIAL_TOKENS,
     load_tokenizer,
     num_ids,
     special_id,
@@ -52,6 +54,8 @@ BATCH_CHARACTERS = 2**22
 PIECE_CHARACTERS = 2**20
 """Longest text given to the encoder in one call; longer documents are cut, after a line end where there is one."""
 
+_MARKUP = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+
 
 def prepare(
     sources: Sequence[str],
@@ -63,6 +67,7 @@ def prepare(
     fim_rate: float = 0.0,
     on_bad_utf8: OnBadUtf8 = "error",
     text_key: str = "text",
+    markup: bool = False,
     seed: int = 0,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Manifest:
@@ -81,6 +86,7 @@ def prepare(
             section 4.1, uses 0.1), in [0, 1].
         on_bad_utf8: Whether text that is not UTF-8 is an error or is skipped and listed in the manifest.
         text_key: Key or column of the text in JSON lines, Parquet and datasets.
+        markup: Whether text that spells a special token encodes to it: for conversations rendered by a chat template.
         seed: Of the split, the order and the rearrangement.
         shard_tokens: Tokens of one shard file.
 
@@ -105,7 +111,7 @@ def prepare(
         "on_bad_utf8": on_bad_utf8,
         "text_key": text_key,
         "seed": seed,
-    }
+    } | ({"markup": True} if markup else {})
     corpus = Corpus(sources, text_key=text_key, on_bad_utf8=on_bad_utf8)
     return publish(folder, settings, lambda made: _Writer(made, settings, shard_tokens).run(corpus, tokenizer))
 
@@ -206,6 +212,7 @@ class _Writer:
         self.shard_tokens = shard_tokens
         self.seed: int = settings["seed"]
         self.index: dict[SplitName, _Index] = {"train": _Index(), "val": _Index()}
+        self.markup = settings.get("markup", False)
         self.tokens_written = 0
         self.text_written = 0
 
@@ -215,6 +222,7 @@ class _Writer:
             self.eos_id, pad_id = eos_and_pad(tokenizer)
             self.dtype = np.dtype("<u2" if num_ids(tokenizer) <= 2**16 else "<u4")
             self.token_bytes = token_bytes(tokenizer)
+            tokenizer.encode_special_tokens = not self.markup
             # The library's own save raises a bare Exception when the disk is full.
             (self.folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             with (self.folder / TOKEN_BYTES).open("wb") as file:
@@ -257,7 +265,9 @@ class _Writer:
 
     def _training(self, documents: Iterable[Document]) -> Iterator[Document]:
         fraction = self.settings["val_fraction"]
-        return (document for document in documents if not is_held_out(self.seed, document.name, fraction))
+        for name, text in documents:
+            if not is_held_out(self.seed, name, fraction):
+                yield Document(name, _MARKUP.sub("\n", text) if self.markup else text)
 
     def _encode(self, batch: list[Document], tokenizer: Tokenizer, tokens: BinaryIO, val_text: BinaryIO) -> None:
         """Append the tokens of some documents to the unshuffled file, and held-out text to its own."""
@@ -291,6 +301,8 @@ class _Writer:
 
     def _append(self, name: str, text: bytes, ids: np.ndarray, val: bool, tokens: BinaryIO, val_text: BinaryIO) -> None:
         spelled = int(self.token_bytes[ids].sum(dtype=np.int64))
+        if self.markup:
+            spelled += sum(len(token) for token in _MARKUP.findall(text.decode()))
         if spelled != len(text):
             raise ValueError(
                 f"the document {name} has {len(text)} bytes, but its tokens spell {spelled}: the tokenizer is not "

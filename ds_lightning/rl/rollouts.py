@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ds_lightning.generation import Generator, Sample
 from ds_lightning.losses.policy import Totals
@@ -194,9 +195,9 @@ class RolloutDataModule(pl.LightningDataModule):
         """Return the micro-batches of this rank, generated as they are asked for."""
         return RolloutLoader(self)
 
-    def val_dataloader(self) -> list[dict[str, Any]]:
-        """Return one empty batch: what is measured on held-out problems, a callback measures."""
-        return [{}]
+    def val_dataloader(self) -> DataLoader[int]:
+        """Return one batch of nothing: what is measured on held-out problems, a callback measures."""
+        return DataLoader([0])  # type: ignore[arg-type]  # without a batch Lightning would not validate
 
     def batches(self) -> Iterator[Experience]:
         """Yield micro-batches from where the run stands; a rollout is made when its first one is asked for."""

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from ds_lightning.cost.run_config import first_difference
+
 CONFIG = "config.yaml"
 
 _FIXED = (
@@ -36,7 +38,7 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> None:
         return
     earlier = read_config(folder / CONFIG)
     for key in _FIXED:
-        difference = _first_difference(key, value_at(earlier, key), value_at(config, key))
+        difference = first_difference(key, value_at(earlier, key), value_at(config, key))
         if difference:
             raise ValueError(f"{folder} belongs to another config: {difference}; give another --out")
 
@@ -83,13 +85,3 @@ def value_at(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config.get(part) if isinstance(config, dict) else None
     return config
-
-
-def _first_difference(key: str, earlier: Any, now: Any) -> str:
-    if isinstance(earlier, dict) and isinstance(now, dict):
-        for name in [*earlier, *(name for name in now if name not in earlier)]:
-            difference = _first_difference(f"{key}.{name}", earlier.get(name), now.get(name))
-            if difference:
-                return difference
-        return ""
-    return "" if earlier == now else f"{key} was {earlier!r}, is now {now!r}"

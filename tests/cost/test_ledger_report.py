@@ -55,6 +55,31 @@ def test_what_only_the_heartbeat_knows_is_counted_and_said(tmp_path: Path) -> No
     assert "heartbeat only" in str(ledger_table(report).caption)
 
 
+def test_the_folder_of_a_recipe_has_a_row_a_stage_and_the_sums_of_all(tmp_path: Path) -> None:
+    for folder in (tmp_path / "zero", tmp_path / "base", tmp_path):
+        write(folder)
+    report = json.loads(json.dumps(ledger_report(tmp_path)))
+    assert set(report["stages"]) == {"zero", "base"}
+    assert report["between"]["usd"] == report["stages"]["base"]["usd"] == 64
+    assert (report["wall_seconds"], report["device_hours"], report["usd"]) == (3 * 14400, 96, 192)
+    assert report["phases"]["train"] == {"seconds": 3 * 10800, "device_hours": 72, "share": 0.75, "usd": 144}
+    assert (report["records"], report["attempts"], report["chain"]) == (6, 3, "ok")
+    console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
+    console.print(ledger_table(report))
+    words = console.export_text().split()
+    for word in ("zero", "base", "between", "33.3%", "192", "96"):
+        assert word in words
+
+
+def test_a_damaged_ledger_of_a_stage_is_found(tmp_path: Path) -> None:
+    for folder in (tmp_path / "base", tmp_path):
+        write(folder)
+    path = tmp_path / "base" / "ledger.jsonl"
+    path.write_text(path.read_text().replace("3600", "3601"))
+    with pytest.raises(ValueError, match="base"):
+        ledger_report(tmp_path)
+
+
 def test_a_folder_without_a_ledger_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no ledger.jsonl, expected the folder of a run"):
         ledger_report(tmp_path)
