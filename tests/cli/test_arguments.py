@@ -168,7 +168,7 @@ def test_a_config_that_is_no_yaml_is_named_wherever_it_stands(
     [
         (
             ["frobnicate"],
-            "no command 'frobnicate', expected one of fit, validate, test, predict, data, export, import, ",
+            "no command 'frobnicate', expected one of fit, validate, test, predict, ",
         ),
         (["--fit"], "no command '--fit', expected one of fit"),
         (["fit"], "data, model: missing, expected a value in the config or on the command line"),

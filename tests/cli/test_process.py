@@ -14,7 +14,7 @@ from tests.e2e.command import start
 @pytest.mark.parametrize(
     ("arguments", "status", "line"),
     [
-        (["frobnicate"], 2, "no command 'frobnicate', expected one of fit, validate, test, predict, data, export, im"),
+        (["frobnicate"], 2, "no command 'frobnicate', expected one of fit, validate, test, predict, "),
         (["fit", "--config", "none.yaml"], 2, "none.yaml: No such file or directory"),
         (["ledger", "none"], 2, "none has no ledger.jsonl, expected the folder of a run"),
         (
