@@ -101,8 +101,8 @@ def test_validation_is_counted_batch_by_batch() -> None:
     """tiny.yaml: 8 rows of 128 a batch, 2 before training, all after every 20 steps of 60, and all at the end."""
     run = read_run(CONFIGS / "pretrain/tiny.yaml")
     assert validation_tokens(run, TOKENS, 30_000, 1) == 2 * 1024 + 3 * 30 * 1024 + 30_000
-    quick = read_run(CONFIGS / "pretrain/quickstart.yaml")  # 5 batches of 8 x 256 after every 800 steps
-    assert validation_tokens(quick, 2000 * 1024, 500_000, 1) == 2 * 2048 + 2 * 5 * 2048 + 500_000
+    quick = read_run(CONFIGS / "pretrain/quickstart.yaml")  # 5 batches of 8 x 256 after every 400 steps
+    assert validation_tokens(quick, 1000 * 2048, 500_000, 1) == 2 * 2048 + 2 * 5 * 2048 + 500_000
     assert validation_tokens(run, TOKENS, 0, 1) == 0
 
 
@@ -190,7 +190,7 @@ def test_the_recorded_quickstart_is_planned(tmp_path: Path) -> None:
     content = yaml.safe_load((CONFIGS / "pretrain/quickstart.yaml").read_text())
     content["model"]["init_args"]["config"] = yaml.safe_load((CONFIGS / "model/quickstart.yaml").read_text())
     content["trainer"]["precision"] = "bf16-mixed"
-    folder = write_run(tmp_path / "run", tokens=record["tokens"], heldout=330_000, content=content)
+    folder = write_run(tmp_path / "run", tokens=record["tokens"], heldout=288_755, content=content)
     book(folder, {phase: row["seconds"] for phase, row in record["phases"].items()})
     report = plan(folder / "config.yaml", calibration=calibrated(folder))
     assert report["usd"] == pytest.approx(record["usd"], rel=0.1)
