@@ -28,7 +28,7 @@ def few_tokens(
     Numerics: as :func:`routed_experts`.
     """
     experts, hidden, ffn = down_proj.shape
-    if x.device.type != "cpu" or not len(x):
+    if x.device.type != "cpu":
         return routed_experts(x, indices, weights, gate_up_proj, down_proj)
     chosen = indices.flatten()
     counts = chosen.bincount(minlength=experts)
@@ -44,5 +44,5 @@ def few_tokens(
         padded = x.new_empty(experts * rows, hidden, dtype=dtype)  # a row that nobody fills is one that nobody reads
         padded[place] = x.to(dtype).repeat_interleave(indices.shape[1], 0)
         gate, up = torch.bmm(padded.view(experts, rows, hidden), gate_up_proj.to(dtype).transpose(1, 2)).chunk(2, -1)
-        out = torch.bmm(silu(gate).mul_(up), down_proj.to(dtype).transpose(1, 2)).view(-1, hidden)[place]
+        out = torch.bmm(silu(gate).mul_(up), down_proj.to(dtype).transpose(1, 2)).flatten(0, 1)[place]
         return torch.bmm(weights.to(dtype).unsqueeze(1), out.view(*indices.shape, hidden)).squeeze(1)
