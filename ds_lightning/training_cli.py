@@ -235,6 +235,8 @@ class TrainingCLI(LightningCLI):
         """Train; of a finished run, show what it brought."""
         report = self._report_of_finished_run(kwargs.get("ckpt_path"))
         if report is None:
+            if kwargs.get("ckpt_path") is not None:
+                self.model.weights = None  # the checkpoint has them, and Lightning tells the module of it too late
             self.trainer.fit(**kwargs)
             self._conclude()
         else:
