@@ -93,7 +93,7 @@ def test_accumulation_in_fp32_changes_nothing_but_rounding(accumulate: int) -> N
     step, recorder = draw_step(0), Recorder()
     expected = plain_gradients(build(**HEAVY), step, 0.4, 0.5)
     fit(build(**HEAVY), [step], recorder, accumulate=accumulate)
-    # Measured 4e-7 to 7e-7, a few units of fp32's 6e-8; the bound leaves room for another order of summation.
+    #
     assert worst(recorder.gradients[0], expected) < 5e-6
 
 
