@@ -10,7 +10,7 @@ from ds_lightning.ops.cross_entropy import reference
 
 __all__ = ["linear_cross_entropy", "reference"]
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 512
 
 
 def linear_cross_entropy(
@@ -48,12 +48,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + CHUNK_TOKENS)
             logits = (hidden[part] @ head.T).to(wide)
             target = labels[part].unsqueeze(-1)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            loss += ((log_z - logits.gather(-1, target)).squeeze(-1) * scale[part]).sum()
+            log_p = torch.log_softmax(logits, -1, out=logits)
+            loss -= (log_p.gather(-1, target).squeeze(-1) * scale[part]).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = logits.sub_(log_z).exp_()  # softmax
-            grad.scatter_add_(-1, target, torch.full_like(log_z, -1.0))
+            grad = log_p.exp_()
+            grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0))
             grad = grad.mul_(scale[part].unsqueeze(-1)).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[part])
