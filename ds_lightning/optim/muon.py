@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Quintic of Muon's author, chosen for its slope at zero: singular values end near 1, not at it."""
+_QUINTICS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
+"""Factors of x, x^3 and x^5 of each iteration: the odd quintic that is nearest to 1 over the interval where the last one
+left the singular values (The Polar Express, arXiv:2505.16932, section 3), which begin in [0.01, 1] and end within 0.27 of 1.
+What five iterations of one quintic reach, in three; smaller singular values grow by at most 78 times."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -99,20 +101,17 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def orthogonalise(
-    matrices: Float[Tensor, "matrices rows columns"], steps: int = 5
-) -> Float[Tensor, "matrices rows columns"]:
+def orthogonalise(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, "matrices rows columns"]:
     """Move the singular values of each matrix towards 1 by Newton-Schulz iterations, without a decomposition.
 
-    Numerics: bfloat16 where the device multiplies it natively, else fp32; singular values end within about 0.7 and 1.2.
+    Numerics: bfloat16 where the device multiplies it natively, else fp32.
     """
     native = matrices.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     x = matrices.to(torch.bfloat16 if native else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    a, b, c = _COEFFICIENTS
-    for _ in range(steps):
+    x = x / (1.01 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # rounded, no singular value is above 1
+    for a, b, c in _QUINTICS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)

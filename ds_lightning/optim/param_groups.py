@@ -18,7 +18,7 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
         model: Any module.
         weight_decay: Decay of the first group.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = _embeddings(model)
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -58,6 +58,7 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    embedding_lr: float | None = None,
 ) -> torch.optim.Optimizer:
     """Return torch's fused AdamW, or Muon with AdamW for what is no matrix of a hidden layer.
 
@@ -68,7 +69,23 @@ def build_optimizer(
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
         weight_decay: Decay of matrices.
+        embedding_lr: Learning rate of the embedding; none: ``lr``.
     """
+    groups = (muon_groups if kind == "muon" else weight_decay_groups)(model, weight_decay)
+    if embedding_lr is not None:
+        groups = _with_embedding_apart(groups, model, embedding_lr)
     if kind == "muon":
-        return Muon(muon_groups(model, weight_decay), lr=lr, betas=betas, eps=eps)
-    return torch.optim.AdamW(weight_decay_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+        return Muon(groups, lr=lr, betas=betas, eps=eps)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def _with_embedding_apart(groups: list[dict[str, Any]], model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """Give the embedding a group and a learning rate of its own, after the others."""
+    embeddings = _embeddings(model)
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in embeddings]} for group in groups]
+    apart = [{**group, "params": [p for p in group["params"] if id(p) in embeddings], "lr": lr} for group in groups]
+    return [group for group in rest + apart if group["params"]]
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

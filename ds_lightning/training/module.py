@@ -31,6 +31,8 @@ class DeepSeekModule(pl.LightningModule):
             from a checkpoint does not read it.
         optimizer: AdamW for all, or Muon for the matrices of hidden layers.
         lr: Peak learning rate.
+        embedding_lr: Peak learning rate of the embedding; none: ``lr``. Its rows are looked up, not multiplied, so the rate
+            that suits them does not fall with the width (Tensor Programs V, arXiv:2203.03466, table 3).
         lr_schedule: Factor on it as a function of progress; none: a short warm-up and a linear fall at the end.
         betas: Decay rates of AdamW's moments.
         eps: AdamW's epsilon.
@@ -56,6 +58,7 @@ class DeepSeekModule(pl.LightningModule):
         weights: str | None = None,
         optimizer: Literal["adamw", "muon"] = "adamw",
         lr: float = 3e-4,
+        embedding_lr: float | None = None,
         lr_schedule: Schedule | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -64,8 +67,8 @@ class DeepSeekModule(pl.LightningModule):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("lr", lr), ("eps", eps)):
-            if not value > 0:
+        for name, value in (("lr", lr), ("embedding_lr", embedding_lr), ("eps", eps)):
+            if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}, expected more than 0")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas is {list(betas)}, expected two numbers from 0 to below 1")
@@ -74,6 +77,7 @@ class DeepSeekModule(pl.LightningModule):
         self.weights = weights
         self.optimizer = optimizer
         self.lr = lr
+        self.embedding_lr = embedding_lr
         self.lr_schedule = lr_schedule or WarmupStableDecay()
         self.betas = betas
         self.eps = eps
@@ -124,7 +128,13 @@ class DeepSeekModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer and the learning rate as a function of progress."""
         optimizer = build_optimizer(
-            self._built, self.optimizer, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+            self._built,
+            self.optimizer,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            embedding_lr=self.embedding_lr,
         )
         schedule = LambdaLR(optimizer, lambda _: self.lr_schedule(self.progress))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -91,3 +91,15 @@ def test_adamw_is_torchs_with_the_settings() -> None:
     torch.testing.assert_close(model.weight, other.weight, rtol=1e-6, atol=0)
     torch.testing.assert_close(model.bias, other.bias, rtol=1e-6, atol=0)
     assert all(group["fused"] for group in ours.param_groups)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_has_a_learning_rate_of_its_own(kind: Literal["adamw", "muon"], tied: bool) -> None:
+    model = DeepSeek(replace(CONFIG, tie_word_embeddings=tied))
+    optimizer = build_optimizer(model, kind, **SETTINGS, embedding_lr=0.7)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(parameter)]: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert rates == {name: 0.7 if name == "embed_tokens.weight" else 0.1 for name in names.values()}
+    assert optimizer.param_groups[0]["lr"] == 0.1, "the first group's is the one that is logged"
+    assert names_by_decay(model, optimizer.param_groups) == names_by_decay(model, weight_decay_groups(model, 0.5))

@@ -279,6 +279,17 @@ def test_the_optimizer_gets_the_modules_settings() -> None:
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.3}
 
 
+def test_the_embeddings_learning_rate_follows_the_schedule() -> None:
+    module = build(lr=0.02, embedding_lr=0.06, lr_schedule=WarmupStableDecay(warmup=0.5))
+    configured = module.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]  # type: ignore[call-overload,index]
+    for progress in (0.25, 1.0):
+        module.budget_progress = progress
+        schedule.step()
+        rates = sorted({group["lr"] for group in optimizer.param_groups})
+        assert rates == pytest.approx([0.02 * module.lr_schedule(progress), 0.06 * module.lr_schedule(progress)])
+
+
 def test_a_loss_goes_down() -> None:
     module, step = build(lr=0.02, lr_schedule=WarmupStableDecay(warmup=0.0, decay=0.0)), draw_step(0)
     assert module.model is not None
@@ -295,6 +306,7 @@ def test_a_loss_goes_down() -> None:
         ({"lr": 0.0}, "lr is 0.0, expected more than 0"),
         ({"lr": -1e-3}, "lr is -0.001, expected more than 0"),
         ({"lr": math.nan}, "lr is nan, expected more than 0"),
+        ({"embedding_lr": 0.0}, "embedding_lr is 0.0, expected more than 0"),
         ({"eps": 0.0}, "eps is 0.0, expected more than 0"),
         ({"betas": (0.9, 1.0)}, r"betas is \[0.9, 1.0\], expected two numbers from 0 to below 1"),
         ({"betas": (-0.1, 0.9)}, r"betas is \[-0.1, 0.9\], expected two numbers from 0 to below 1"),
