@@ -83,7 +83,7 @@ def shortest_start(ledger: Path) -> float:
 class Pace:
     """What the parts of a run take, in seconds, as measured in it; 0: not yet."""
 
-    steps: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+    steps: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """The latest optimizer steps, with their data and rollouts."""
     batch: float = 0.0
     """A validation batch."""
@@ -96,8 +96,8 @@ class Pace:
 
     @property
     def step(self) -> float:
-        """The longest of the latest steps."""
-        return max(self.steps, default=0.0)
+        """The second longest of the latest steps: one with a rollout counts, a single hiccup does not."""
+        return sorted(self.steps)[-2:][0] if self.steps else 0.0
 
     def validation(self, batches: int, growth: float = 1.0) -> float:
         """Return the seconds of a validation; before any was measured a batch counts as a step.

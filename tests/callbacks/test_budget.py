@@ -204,7 +204,7 @@ def test_a_run_resumed_on_a_spent_budget_trains_no_further_step(tmp_path: Path) 
 @pytest.mark.parametrize(("limit", "every"), [(1.0, 10), (2, 9), (2, 3), (0, 10)])
 def test_the_end_is_paid_out_of_the_budget(tmp_path: Path, hours: float, limit: float, every: int) -> None:
     clock = Clock(batch=0.5, save=0.25)
-    options = {"limit_val_batches": limit, "val_check_interval": every, "save_every": 8}
+    options: dict[str, Any] = {"limit_val_batches": limit, "val_check_interval": every, "save_every": 8}
     run = Run(tmp_path, Budget(hours=hours), steps=60, startup=1.5, clock=clock, **options)
     assert run.budget.reached == {"hours": hours}
     assert run.recorder.rates[-1] == 0.0

@@ -1,7 +1,7 @@
 """Any sequence of events on a ledger. The oracle is a dictionary: nanoseconds by terms, added up as the clock moves.
 
-A killed process loses what no beat has noted, a power cut what no record holds; nothing else is ever lost, gained, moved
-to another price, or unverifiable.
+A killed process loses what no beat has noted, a power cut what no record holds; nothing else is lost, gained, moved to
+another price, or left unverifiable.
 """
 
 from __future__ import annotations
