@@ -40,7 +40,8 @@ class Checkpoints(Checkpoint):
     The metrics of such a step reach the loggers only after its save, so they are in the checkpoint, and a resumed run
     logs them once more: a process killed in between leaves no hole in the curves.
 
-    Other callbacks stop a run early through ``save_and_stop``.
+    Other callbacks stop a run early through ``save_and_stop``. They set ``hold_off`` where nothing is left for
+    validations and saves on the way: those that fall due are left out, but for the last save.
 
     Checkpoints go to ``checkpoints/`` in the trainer's ``default_root_dir``. A save that fails (a full disk, a
     permission) prints one line and training goes on; ``failed_saves`` counts them. The last save of a run raises.
@@ -75,6 +76,7 @@ class Checkpoints(Checkpoint):
         self.keep_last = keep_last
         self.failed_saves = 0
         self.stopped = False
+        self.hold_off = False
         self._stop_requested = False
         self._step = 0  # optimizer steps at the latest boundary
         self._at_boundary = False
@@ -95,12 +97,17 @@ class Checkpoints(Checkpoint):
         """
         self._stop_requested = True
 
+    def stop_before_training(self, trainer: Trainer) -> None:
+        """End training in ``on_train_start`` without a step: of a resumed run, whose checkpoint is there."""
+        self.stopped = True
+        _leave(trainer)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run of the same callback."""
         self._random_state = self._unlogged = None
         if stage == "fit":
             self._loops = None
-            self.stopped = self._stop_requested = self._at_boundary = False
+            self.stopped = self.hold_off = self._stop_requested = self._at_boundary = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the random state of the checkpoint, after everything that set-up has drawn."""
@@ -125,8 +132,7 @@ class Checkpoints(Checkpoint):
         """
         self._at_boundary = False
         if self.stopped:
-            trainer.should_stop = True
-            trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None
+            _leave(trainer)
             raise StopIteration
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -138,6 +144,8 @@ class Checkpoints(Checkpoint):
         epoch_loop = trainer.fit_loop.epoch_loop
         loops = copy.deepcopy(trainer.fit_loop.state_dict())
         validation_is_due = self._validation_is_due(trainer)
+        if validation_is_due and self.hold_off and not self._stop_requested:
+            epoch_loop._skip_next_val, validation_is_due = True, False
         self._loops = _after_validation(loops) if validation_is_due else loops
         if epoch_loop._is_training_done:
             return
@@ -146,7 +154,7 @@ class Checkpoints(Checkpoint):
             self._save(trainer, pl_module, loops, must_succeed=True)
             epoch_loop._skip_next_val = validation_is_due
             self.stopped = True
-        elif self._is_due(trainer) and not validation_is_due:
+        elif self._is_due(trainer) and not validation_is_due and not self.hold_off:
             self._unlogged = _metrics_to_log(trainer)
             self._save(trainer, pl_module, self._loops)
             self._unlogged = None
@@ -241,6 +249,12 @@ class Checkpoints(Checkpoint):
             self._saving = None
             if trainer.is_global_zero:
                 checkpoint.discard(temporary)
+
+
+def _leave(trainer: Trainer) -> None:
+    """Let Lightning end training here, whatever number of epochs and steps it was to make."""
+    trainer.should_stop = True
+    trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None
 
 
 def _metrics_to_log(trainer: Trainer) -> tuple[int, dict[str, float]] | None:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ds_lightning.cost import Ledger, find_price
+from ds_lightning.cost.allocation import unbooked_allocation_ns
 from ds_lightning.cost.ledger_report import LEDGER_NAME
 from ds_lightning.cost.prices import Market
 
@@ -31,6 +32,7 @@ class CostLedger(Callback):
         usd_per_device_hour: Your own price in US dollars; none: the price list's.
         market: ``on-demand`` or ``spot``.
         prices_file: Price list to read instead of the newest one that ships with the package.
+        from_allocation: Book from the start of the Slurm allocation on, not of the process: where a job is one run.
 
     Raises:
         ValueError: If there is no price for the device, or the price is negative or not a number.
@@ -42,8 +44,10 @@ class CostLedger(Callback):
         usd_per_device_hour: float | None = None,
         market: Market = "on-demand",
         prices_file: str | None = None,
+        from_allocation: bool = False,
     ) -> None:
         self.price = find_price(device, market=market, usd_per_device_hour=usd_per_device_hour, file=prices_file)
+        self.from_allocation = from_allocation
         self.ledger: Ledger | None = None
         self._stage = ""
         self._last_step = 0
@@ -53,7 +57,8 @@ class CostLedger(Callback):
         """Open the run's ledger, or go on in the one that this process has open.
 
         Raises:
-            ValueError: If the ledger was tampered with or another process writes it.
+            ValueError: If the ledger was tampered with or another process writes it, or the environment does not tell
+                when the allocation began.
         """
         global _current
         if not trainer.is_global_zero:
@@ -61,9 +66,11 @@ class CostLedger(Callback):
         self._stage = stage
         path = Path(trainer.default_root_dir) / LEDGER_NAME
         if self.ledger is None or self.ledger.closed or self.ledger.path != path:
+            started = unbooked_allocation_ns(path) if self.from_allocation and _current is None else None
             if _current is not None:
                 _current.close()
-            self.ledger = _current = Ledger.open(path, self.price, num_devices=trainer.world_size)
+            devices = trainer.world_size
+            self.ledger = _current = Ledger.open(path, self.price, num_devices=devices, started_ns=started)
         self.ledger.enter("startup")
 
     def phase(self, name: str) -> AbstractContextManager[None]:

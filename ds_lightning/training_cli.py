@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -234,13 +235,29 @@ class TrainingCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train; of a finished run, show what it brought."""
         report = self._report_of_finished_run(kwargs.get("ckpt_path"))
-        if report is None:
+        if report is not None:
+            Console().print(summary_table(report))
+        elif self._is_paid_for(started=kwargs.get("ckpt_path") is not None):
             if kwargs.get("ckpt_path") is not None:
                 self.model.weights = None  # the checkpoint has them, and Lightning tells the module of it too late
             self.trainer.fit(**kwargs)
             self._conclude()
-        else:
-            Console().print(summary_table(report))
+
+    def _is_paid_for(self, *, started: bool) -> bool:
+        """Tell whether earlier attempts have left enough of the budget to start another; if not, nothing is booked.
+
+        Raises:
+            ValueError: If they have not, and there is no checkpoint either.
+        """
+        out, price = Path(self._options.out), self._callback("cost").price
+        missing: str | None = self._callback("budget").missing_for_start(out, price, self.trainer.world_size)
+        if missing is None:
+            return True
+        if not started:
+            raise ValueError(missing)
+        print(f"{missing}; ds-lightning export {out} exports what was reached", file=sys.stderr)
+        self.exit_status = 3
+        return False
 
     def _report_of_finished_run(self, state: str | None) -> dict[str, Any] | None:
         """Return the report of the checkpoint, if it is the end of the run: of its tokens or of its budget."""
@@ -248,14 +265,11 @@ class TrainingCLI(LightningCLI):
         if state is None or not (out / REPORT).is_file():
             return None
         report = read_report(out)
-        stage, spent = report["stages"][0], report["ledger"]
-        limits = [
-            (stage["progress"], 1.0 if stage["planned"] == self._planned() else None),
-            (spent["usd"], budget.usd),
-            (spent["device_hours"], budget.hours),
-        ]
-        over = any(limit is not None and done >= limit for done, limit in limits)
-        return report if over and checkpoint.verify(Path(state)).tokens == stage["tokens"] else None
+        stage = report["stages"][0]
+        planned = stage["progress"] >= 1 and stage["planned"] == self._planned()
+        spent = any((getattr(budget, name) or inf) <= limit for name, limit in (stage.get("budget") or {}).items())
+        finished = (planned or spent) and checkpoint.verify(Path(state)).tokens == stage["tokens"]
+        return report if finished else None
 
     def _conclude(self) -> None:
         """Measure and export the final weights, and print what the run brought and cost."""
@@ -263,32 +277,39 @@ class TrainingCLI(LightningCLI):
             print(f"stopped early; the same command goes on from {self._options.out}", file=sys.stderr)
             self.exit_status = 3
             return
-        if self._callback("budget").reached:
+        budget = self._callback("budget")
+        if budget.reached:
             self.exit_status = 3
         out, cost = Path(self._options.out), self._callback("cost")
         samples = self._callback("samples").last  # a validation of its own would forget them
-        self.trainer.limit_val_batches = 1.0
-        self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         with cost.phase("export"):
             self._export(out / "weights")
+        metrics: dict[str, Any] = {}
+        if budget.pays_validation:
+            self.trainer.limit_val_batches = 1.0
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        else:
+            print("the budget leaves nothing for the last validation", file=sys.stderr)
         if self.trainer.is_global_zero:
             figures = {
                 "name": self.datamodule.stage,
                 "tokens": self.model.tokens_seen,
                 "progress": self.model.planned_progress,
                 "planned": self._planned(),
+                "budget": budget.reached,
                 "parameters": param_count(self.model.config, include_mtp=True),
                 "active_parameters": active_param_count(self.model.config, include_embedding=False),
                 "bits_per_byte": {},
                 "samples": samples,
             }
-            if "val/loss" in self.trainer.callback_metrics:
+            if "val/loss" in metrics:
                 baselines: dict[str, float] = getattr(self.datamodule, "compression_baselines", dict)()
-                figures["bits_per_byte"] = {**baselines, "model": self._metric("val/bits_per_byte")}
-                figures["val_loss"] = self._metric("val/loss")
+                figures["bits_per_byte"] = {**baselines, "model": metrics["val/bits_per_byte"]}
+                figures["val_loss"] = metrics["val/loss"]
             for name in ("pass_at_1", "pass_at_1_greedy", "completion_length"):
-                if f"val/{name}" in self.trainer.callback_metrics:
-                    figures[name] = self._metric(f"val/{name}")
+                if f"val/{name}" in metrics:
+                    figures[name] = metrics[f"val/{name}"]
             Console().print(summary_table(write_report(out, figures)))
 
     def before_validate(self) -> None:
@@ -334,9 +355,6 @@ class TrainingCLI(LightningCLI):
         """Return the settings that say how long the run is: with others, a finished run goes on."""
         settings = {**self._options.model.init_args, **self._options.data.init_args}
         return {name: settings.get(name) for name in ("total_tokens", "epochs", "rollouts", "steps_per_rollout")}
-
-    def _metric(self, name: str) -> float:
-        return float(self.trainer.callback_metrics[name])
 
     @property
     def _options(self) -> Namespace:

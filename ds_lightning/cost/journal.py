@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_lightning.cost.heartbeat import read_heartbeat
 from ds_lightning.cost.records import Terms, encode_record, read_ledger, record_hash, to_seconds
 
 
@@ -56,8 +57,10 @@ class Journal:
         except BaseException as error:
             os.close(self._fd)
             if isinstance(error, BlockingIOError):
+                beat = read_heartbeat(path.with_suffix(".heartbeat")) or {}
                 raise ValueError(
-                    f"{path} is in use, expected one run at a time in a folder; end that run or choose another folder"
+                    f"{path} is in use by {beat.get('process', 'another process')}, expected one run at a time in a "
+                    "folder; end that run or choose another folder"
                 ) from None
             raise
         self._size = self.found.size + self.found.unterminated

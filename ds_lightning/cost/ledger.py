@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -144,6 +145,11 @@ class Ledger:
             ledger._thread = threading.Thread(target=ledger._keep, name="ledger", daemon=True)
             ledger._thread.start()
         return ledger
+
+    @property
+    def terms(self) -> Terms:
+        """Devices and price in force."""
+        return self._terms
 
     @property
     def current_phase(self) -> str:
@@ -349,6 +355,7 @@ class Ledger:
                 {
                     "after": self._after,
                     "attempt": self.attempt,
+                    "process": f"process {os.getpid()} on {socket.gethostname()}",
                     "terms": self._terms.to_dict(),
                     "seconds": to_seconds(self._running.at(self._clock()).unwritten),
                 }

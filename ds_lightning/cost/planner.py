@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_lightning.cost.budget import MARGIN, MARGIN_SECONDS
 from ds_lightning.cost.calibration import (
     Calibration,
     heldout_tokens,
@@ -202,7 +203,7 @@ def _published(
 
 
 def _budget_hours(run: RunConfig, price: Price) -> float | None:
-    """Return the device-hours at which the budget ends training; none: there is no budget."""
+    """Return the device-hours that the budget pays for; none: there is no budget."""
     limits = [run["budget.hours"]] if run["budget.hours"] is not None else []
     if run["budget.usd"] is not None and price.usd_per_device_hour > 0:
         limits.append(run["budget.usd"] / price.usd_per_device_hour)
@@ -221,18 +222,17 @@ def _calibrated(run: RunConfig, measured: Calibration, bound: StepBound, devices
     def phases(tokens: float) -> Phases:
         return _phases(run, measured, tokens, heldout, least, devices)
 
-    last = heldout * forward_flops_per_token(run.model, run.seq_len, include_mtp=False)
-    after = last * measured.validate_seconds_per_flop / devices  # the last validation and the export follow the budget
     tokens = float(run.tokens)
     hours = _budget_hours(run, price)
     if hours is not None:
         limit = hours * 3600 / devices
-        tokens = _most_tokens(tokens, lambda count: _until_end(phases(count), after) <= limit)
+        limit -= max(MARGIN * limit, MARGIN_SECONDS)  # what a run aims to leave
+        tokens = _most_tokens(tokens, lambda count: sum(phases(count).values()) <= limit)
     planned = phases(tokens)
     peak = known_hardware(measured.device).bf16_tflops * 1e12
     value = train_flops_per_token(run.model, run.seq_len) * tokens / (planned["train"] * devices * peak)
-    # where a budget ends training, a slower device sees fewer tokens and costs the same
-    spread = CALIBRATED_SPREAD * (after / sum(planned.values()) if tokens < run.tokens else 1.0)
+    # where a budget ends the run, a slower device sees fewer tokens and costs the same
+    spread = CALIBRATED_SPREAD if tokens >= run.tokens else MARGIN
     efficiency = Efficiency(
         name="calibration",
         value=value,
@@ -269,11 +269,6 @@ def _phases(run: RunConfig, measured: Calibration, tokens: float, heldout: int, 
         "export": parameters * measured.export_seconds_per_parameter,
         "idle": measured.idle_seconds,
     }
-
-
-def _until_end(phases: Phases, after: float) -> float:
-    """Return the seconds until the last step: without the final validation, the export and what follows."""
-    return sum(phases.values()) - after - phases["export"] - phases["idle"]
 
 
 def _most_tokens(most: float, fits: Any) -> float:

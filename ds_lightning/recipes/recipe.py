@@ -35,8 +35,9 @@ SAMPLE_OPTIONS = (
 """What a recipe may say of rejection sampling: parameters of :class:`ds_lightning.recipes.rejection.Rejection`."""
 
 _KEYS = {
-    "recipe": ("seed", "cost", "set", "stages"),
+    "recipe": ("seed", "cost", "budget", "set", "stages"),
     "stage": ("name", "what", "fit", "from", "set", "sample"),
+    "budget": ("usd", "hours", "shares"),
     "cost": ("device", "usd_per_device_hour", "market", "prices_file"),
     "sample": ("from", *SAMPLE_OPTIONS),
 }
@@ -85,6 +86,38 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """What a recipe may cost, and how it is split over stages."""
+
+    limits: dict[str, float]
+    """Dollars (``usd``) and device-hours (``hours``) of the whole, sampling and the time between stages included."""
+    parts: dict[str, float]
+    """Part of each stage, in their order; only ratios count."""
+
+    def of(self, stage: str, spent: dict[str, float]) -> dict[str, float]:
+        """Return the budget of a stage: its part, among stages from it on, of what is left.
+
+        So what a stage leaves over goes to those after it, and what the runner spends in between comes off them all.
+
+        Args:
+            stage: Name of the stage.
+            spent: What everything but this stage has cost, by the keys of ``limits``.
+
+        Raises:
+            ValueError: If nothing is left.
+        """
+        names = list(self.parts)
+        share = self.parts[stage] / sum(self.parts[name] for name in names[names.index(stage) :])
+        for name, limit in self.limits.items():
+            if spent[name] >= limit:
+                raise ValueError(
+                    f"budget.{name} of the recipe is {limit:.4g}, of which {spent[name]:.4g} are spent before stage "
+                    f"{stage}: expected more"
+                )
+        return {name: share * (limit - spent[name]) for name, limit in self.limits.items()}
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Stages in the order in which they run."""
 
@@ -93,12 +126,16 @@ class Recipe:
     cost: dict[str, Any]
     """Settings of the ledger for all stages."""
     stages: tuple[Stage, ...]
+    budget: Shares | None = None
+    """Of all stages together; none: no limit but what a stage's own config sets."""
 
     def settings(self) -> dict[str, Any]:
         """Return the resolved recipe as plain values."""
+        budget = self.budget and {**self.budget.limits, "shares": self.budget.parts}
         return {
             "seed": self.seed,
             "cost": self.cost,
+            "budget": budget,
             "stages": {stage.name: {"what": stage.what, **stage.settings()} for stage in self.stages},
         }
 
@@ -110,7 +147,8 @@ def read_recipe(path: str | Path, seed: int | None = None) -> Recipe:
         path: YAML with ``stages``, a list of mappings with ``name`` and ``fit`` (config files, relative to the recipe)
             and, as need be, ``what``, ``from`` (an earlier stage), ``set`` (further options by dotted key) and
             ``sample`` (rejection sampling: ``from`` and :data:`SAMPLE_OPTIONS`); at the top level ``seed``, ``cost``
-            (settings of the ledger) and ``set`` for all stages.
+            (settings of the ledger), ``budget`` (``usd``, ``hours``, and ``shares``: a number a stage) and ``set`` for
+            all stages.
         seed: In place of the recipe's own; stage number i (from 0) has the seed ``100 * seed + i``.
 
     Raises:
@@ -135,7 +173,28 @@ def read_recipe(path: str | Path, seed: int | None = None) -> Recipe:
         if not isinstance(entry, dict):
             raise ValueError(f"{where} is {entry!r:.80}, expected a mapping with name and fit")
         read.append(_stage(entry, where, path.parent, common, [stage.name for stage in read], 100 * seed + number))
-    return Recipe(path, seed, cost, tuple(read))
+    return Recipe(path, seed, cost, tuple(read), _budget(content.get("budget"), f"{path}: budget", read))
+
+
+def _budget(value: Any, where: str, stages: list[Stage]) -> Shares | None:
+    """Read how money is split."""
+    if value is None:
+        return None
+    _check_keys(_mapping(value, where), "budget", where)
+    limits = {name: limit for name, limit in value.items() if name != "shares" and limit is not None}
+    parts = _mapping(value.get("shares"), f"{where}.shares")
+    names = [stage.name for stage in stages]
+    if sorted(parts, key=str) != sorted(names):
+        raise ValueError(f"{where}.shares has {', '.join(map(str, parts))}, expected every stage: {', '.join(names)}")
+    for key, number in {**limits, **{f"shares.{name}": part for name, part in parts.items()}}.items():
+        if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
+            raise ValueError(f"{where}.{key} is {number!r}, expected a number above 0")
+    if not limits:
+        raise ValueError(f"{where} has neither usd nor hours, expected one of them")
+    for stage in stages:
+        if "budget" in stage.options:
+            raise ValueError(f"{where} is the recipe's, and stage {stage.name} sets one of its own: leave one out")
+    return Shares(limits, {name: parts[name] for name in names})
 
 
 def _stage(

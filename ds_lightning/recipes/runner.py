@@ -172,12 +172,20 @@ class _Runner:
         added: dict[str, Any] = {"seed_everything": stage.seed, "data": {"init_args": data}}
         if self.recipe.cost:
             added["cost"] = self.recipe.cost
+        if self.recipe.budget is not None:
+            added["budget"] = self.recipe.budget.of(stage.name, self._spent_elsewhere(stage))
         source = stage.start or (stage.sample or {}).get("from")
         if source is not None:  # the tokenizer is one for all; the weights are only those of ``from``
             data["tokenizer"] = str(self.folder / source / "weights" / "tokenizer.json")
         if stage.start is not None:
             added["model"] = {"init_args": {"weights": str(self.folder / stage.start / "weights")}}
         return merged(stage.options, added)
+
+    def _spent_elsewhere(self, stage: Stage) -> dict[str, float]:
+        """Return what all ledgers but a stage's own hold; its sampling is in its own."""
+        report = ledger_report(self.folder)
+        own = report.get("stages", {}).get(stage.name, {"usd": 0.0, "device_hours": 0.0})
+        return {"usd": report["usd"] - own["usd"], "hours": report["device_hours"] - own["device_hours"]}
 
     def _sampling(self, stage: Stage) -> dict[str, Any]:
         """Return the options of ``ds-lightning sample`` for a stage."""

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
+from ds_lightning.callbacks import cost_ledger
 from ds_lightning.callbacks.cost_ledger import CostLedger
 from ds_lightning.cost import iter_ledger, ledger_report, read_ledger
 
@@ -230,3 +231,18 @@ def test_one_callback_goes_on_in_its_attempt_and_a_new_folder_gets_its_own_ledge
     assert callback.ledger.totals().wall_seconds < 0.5
     callback.ledger.close()
     assert len(read_ledger(tmp_path / "a" / "ledger.jsonl").attempt_nanoseconds) == 1
+
+
+def test_a_process_is_booked_from_the_start_of_its_allocation_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_START_TIME", str(int(time.time()) - 1000))
+    if cost_ledger._current is not None:
+        cost_ledger._current.close()
+    for name, begins_with, at_most in (("asked", 1000, 1010), ("not asked", 0, 10)):
+        monkeypatch.setattr(cost_ledger, "_current", None)
+        callback = CostLedger(from_allocation=name == "asked")
+        trainer(tmp_path / name, [callback], max_steps=1).fit(Toy())
+        assert callback.ledger is not None
+        assert begins_with <= callback.ledger.totals().seconds["startup"] < at_most
+        callback.ledger.close()

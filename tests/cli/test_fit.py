@@ -4,6 +4,7 @@ Every file is hashed before and after.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from ds_lightning.cost import Ledger, find_price
-from tests.cli.command_line import CommandLine, write_settings
+from tests.cli.command_line import CommandLine, hashes, write_settings
+from tests.cli.conftest import close_ledger
 from tests.e2e.command import write_corpus
 
 SHAPES = [
@@ -167,10 +169,29 @@ def test_a_second_run_in_a_folder_in_use_is_refused(own: CommandLine) -> None:
     shutil.rmtree("run/checkpoints")
     ledger = Ledger.open("run/ledger.jsonl", find_price("cpu"), background=False)
     options = ("--checkpoints.every_n_steps", "7")  # may change, but not under a run that goes on
-    own.refuses("run/ledger.jsonl is in use, expected one run at a time in a folder", "fit", "--config", "run.yaml",
-                "--out", "run", *options)  # fmt: skip
+    message = "run/ledger.jsonl is in use by process [0-9]+ on .*, expected one run at a time in a folder"
+    own.refuses(message, "fit", "--config", "run.yaml", "--out", "run", *options)
     ledger.close()
     assert own("fit", "--config", "run.yaml", "--out", "run", *options).status == 0
+
+
+def test_a_budget_that_pays_for_no_end_is_refused_and_then_books_nothing(own: CommandLine) -> None:
+    command = ("fit", "--config", "run.yaml", "--out", "poor", "--budget.hours", "0.0001")
+    message = r"budget.hours is 0.0001, of which \S+ are spent, and to go on takes \S+, expected more than \S+$"
+    said = own(*command)
+    assert (said.status, said.out) == (2, "")
+    assert re.fullmatch(f"ds-lightning: {message}", said.err[-1]), said.err
+    close_ledger()
+    own.refuses(message, *command)
+
+
+def test_a_run_whose_budget_is_spent_books_nothing_and_says_how_to_export(own: CommandLine) -> None:
+    Path("run/report.json").unlink()  # as if it had been killed before its end
+    before = hashes(Path("run"))
+    said = own("fit", "--config", "run.yaml", "--out", "run", "--budget.usd", "1e-9")
+    assert said.status == 3
+    assert re.search(r"^budget.usd is 1e-09, of which .*; ds-lightning export run exports what was", said.err[-1])
+    assert hashes(Path("run")) == before
 
 
 def test_a_ledger_edited_by_hand_stops_the_run(own: CommandLine) -> None:

@@ -82,17 +82,11 @@ def test_twice_the_tokens_take_twice_the_training_and_the_same_start(run_dir: Pa
 
 
 @pytest.mark.parametrize("limit", ["hours: 0.01", f"usd: {0.01 * 0.0496}"])
-def test_a_budget_ends_training_and_the_last_validation_and_export_follow(
-    run_dir: Path, tmp_path: Path, limit: str
-) -> None:
+def test_a_budget_pays_for_the_whole_run_and_leaves_four_seconds(run_dir: Path, tmp_path: Path, limit: str) -> None:
     overlay = tmp_path / "budget.yaml"
     overlay.write_text(f"budget: {{{limit}}}\nmodel: {{init_args: {{total_tokens: 100000000}}}}")
     report = plan([run_dir / "config.yaml", overlay], calibration=calibrated(run_dir))
-    phases = report["phases"]
-    run = read_run(run_dir / "config.yaml")
-    last = 5 * 30_000 / validation_tokens(run, TOKENS, 30_000, 1)
-    after = last + phases["export"]["seconds"] + phases["idle"]["seconds"]
-    assert report["wall_seconds"] - after == pytest.approx(36, abs=0.1)
+    assert report["wall_seconds"] == pytest.approx(36 - 4, abs=0.1)
     assert report["tokens"] < 100_000_000
     assert report["usd_high"] - report["usd_low"] < 0.05 * report["usd"]  # the money is spent, fast or slow
 
@@ -195,4 +189,4 @@ def test_the_recorded_quickstart_is_planned(tmp_path: Path) -> None:
     report = plan(folder / "config.yaml", calibration=calibrated(folder))
     assert report["usd"] == pytest.approx(record["usd"], rel=0.1)
     assert report["tokens"] == pytest.approx(record["tokens"], rel=0.1)
-    assert report["device_hours"] > 0.1  # the last validation comes after the budget
+    assert report["device_hours"] == pytest.approx(0.115 - 4 / 3600, rel=1e-3)  # recorded before a budget was a total

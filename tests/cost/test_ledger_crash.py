@@ -6,7 +6,9 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -189,7 +191,8 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "open\n"
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"ledger.jsonl is in use, expected one run at a time in a folder"):
+    holder = f"process {process.pid} on {re.escape(socket.gethostname())}"
+    with pytest.raises(ValueError, match=f"ledger.jsonl is in use by {holder}, expected one run at a time in a folder"):
         Ledger.open(path, DOLLAR)
     assert path.read_bytes() == before
     process.kill()

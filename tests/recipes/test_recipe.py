@@ -54,6 +54,17 @@ def stage(name: str = "a", **others: Any) -> dict[str, Any]:
         ([stage(set={"data.init_args.folder": "x"})], {}, r"set has data.init_args.folder, which the recipe's runner"),
         ([stage()], {"seed": -1}, r"seed is -1, expected a whole number of at least 0"),
         ([stage()], {"cost": {"usd": 1}}, r"cost: 'usd' is no key of a cost"),
+        ([stage()], {"budget": {"eur": 1}}, r"budget: 'eur' is no key of a budget, expected some of usd"),
+        ([stage()], {"budget": {"usd": 1}}, r"budget.shares has , expected every stage: a$"),
+        ([stage()], {"budget": {"usd": 1, "shares": {"b": 1}}}, r"budget.shares has b, expected every stage: a$"),
+        ([stage()], {"budget": {"shares": {"a": 1}}}, r"budget has neither usd nor hours"),
+        ([stage()], {"budget": {"usd": -1, "shares": {"a": 1}}}, r"budget.usd is -1, expected a number above 0"),
+        ([stage()], {"budget": {"usd": 1, "shares": {"a": 0}}}, r"budget.shares.a is 0, expected a number above 0"),
+        (
+            [stage(set={"budget.usd": 3})],
+            {"budget": {"usd": 1, "shares": {"a": 1}}},
+            r"budget is the recipe's, and stage a sets one of its own: leave one out",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, stages: Any, top: dict[str, Any], message: str) -> None:
@@ -74,6 +85,17 @@ def test_options_of_a_stage_win_over_those_of_all_and_of_files(tmp_path: Path) -
     assert [one.devices for one in recipe.stages] == [8, 8]
     assert [one.seed for one in recipe.stages] == [400, 401]
     assert read_recipe(recipe.path, seed=1).stages[1].seed == 101
+
+
+def test_a_stage_may_spend_its_part_of_what_others_left(tmp_path: Path) -> None:
+    shares = {"usd": 100, "hours": 10, "shares": {"c": 2, "a": 5, "b": 3}}
+    budget = read_recipe(write(tmp_path, [stage(), stage("b"), stage("c")], budget=shares)).budget
+    assert budget is not None
+    assert budget.of("a", {"usd": 0, "hours": 0}) == {"usd": 50, "hours": 5}
+    assert budget.of("b", {"usd": 40, "hours": 6}) == pytest.approx({"usd": 36, "hours": 2.4}), "3 of 5 parts"
+    assert budget.of("c", {"usd": 99, "hours": 0}) == {"usd": 1, "hours": 10}
+    with pytest.raises(ValueError, match=r"^budget.usd of the recipe is 100, of which 101 are spent before stage b"):
+        budget.of("b", {"usd": 101, "hours": 0})
 
 
 def test_what_a_recipe_may_say_of_sampling_is_what_the_job_takes() -> None:

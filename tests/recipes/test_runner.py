@@ -125,6 +125,18 @@ def test_a_recipe_that_was_killed_goes_on(tmp_path: Path, fake: str) -> None:
     assert ledger_report(tmp_path / "out")["chain"] == "ok"
 
 
+def test_a_budget_is_split_over_the_stages_and_what_is_left_goes_on(tmp_path: Path) -> None:
+    names = [stage["name"] for stage in STAGES]
+    write(tmp_path, budget={"usd": 1.0, "shares": dict.fromkeys(names, 1)})
+    finish(tmp_path)
+    given = [yaml.safe_load((tmp_path / "out" / f"{name}.yaml").read_text())["budget"]["usd"] for name in names]
+    ledger = ledger_report(tmp_path / "out")
+    spent = [ledger["stages"][name]["usd"] for name in names]
+    for number, usd in enumerate(given):
+        assert 0 <= (1 - sum(spent[:number])) / (4 - number) - usd <= ledger["between"]["usd"]
+    assert given[3] == pytest.approx(1.0, abs=0.01), "these stages leave nearly all of it"
+
+
 def test_a_stage_that_fails_is_named_and_ends_the_recipe(tmp_path: Path) -> None:
     write(tmp_path)
     _, err = finish(tmp_path, fake="zero fail", status=1)
