@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ds_lightning.cost import ledger_report
 from ds_lightning.cost.ledger import FLUSH_SECONDS
 from ds_lightning.training import checkpoint
 from tests.e2e.command import Attempt, Run, config, start, write_corpus
@@ -85,22 +86,21 @@ def _killed(run: Run, delay: float) -> Attempt | None:
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_all_attempts_together_cost_no_more(folder: Path, least: float, kills: int) -> None:
     draw = random.Random(kills)
-    seconds = 2 * least if kills == 3 else 6 * least  # so that the money is gone before the kills are
-    run = Run(folder, _settings(seconds, checkpoints__every_n_steps=50), f"killed-{kills}")
+    seconds = 3 * least if kills == 3 else 10 * least  # so that the money is gone before the kills are
+    run = Run(folder, _settings(seconds, checkpoints__every_n_steps=10), f"killed-{kills}")
     spent = 0.0
     for _ in range(kills):
-        ended = _killed(run, draw.uniform(1, least + 6))
+        ended = _killed(run, draw.uniform(0.4 * least, 1.5 * least))
         if (run.out / "ledger.jsonl").is_file():
-            before, spent = spent, run.ledger()["wall_seconds"]
+            before, spent = spent, ledger_report(run.out)["wall_seconds"]
             assert before <= spent <= seconds + FLUSH_SECONDS
         assert ended is None or ended.status in (0, 3), ended.err
     last = start(run.folder, *run.command())
     _, err = last.communicate(timeout=300)
     assert last.returncode in (0, 3), err
     assert "Traceback" not in err
-    spent = run.ledger()["wall_seconds"]
-    print(f"{kills} kills, budget {seconds:.2f} s: spent {spent:.2f} s in {run.ledger()['attempts']} attempts")
-    assert spent <= seconds + FLUSH_SECONDS
-    assert run.ledger()["chain"] == "ok"
+    ledger = ledger_report(run.out)
+    print(f"{kills} kills, budget {seconds:.2f} s: {ledger['wall_seconds']:.2f} s in {ledger['attempts']} attempts")
+    assert ledger["wall_seconds"] <= seconds + FLUSH_SECONDS
     newest, _ = checkpoint.newest_valid(run.out / "checkpoints")
     assert newest is not None
