@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 _QUINTICS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
-"""Factors of x, x^3 and x^5 of each iteration: the odd quintic that is nearest to 1 over the interval where the last one
-left the singular values (The Polar Express, arXiv:2505.16932, section 3), which begin in [0.01, 1] and end within 0.27 of 1.
-What five iterations of one quintic reach, in three; smaller singular values grow by at most 78 times."""
+"""Factors of x, x^3 and x^5 in each iteration: the odd quintic nearest to 1 over the interval where the last one left
+the singular values (The Polar Express, arXiv:2505.16932, section 3). They begin in [0.01, 1] and end within 0.27 of 1,
+what five iterations of one quintic reach; smaller ones grow by at most 78 times."""
 
 
 class Muon(torch.optim.Optimizer):

@@ -113,6 +113,9 @@ class WorkedProblemsDataModule(TokenDataModule):
 def solve(question: str, slip: int = 0) -> tuple[str, int]:
     """Return the steps of a sum of whole numbers from left to right, and its result.
 
+    Two numbers are added place by place: ``27 + 45`` is ``20 + 40 = 60; 7 + 5 = 12; 60 + 12 = 72``. Each step is one of
+    few facts, so that thinking in steps pays: the result at once is one of thousands.
+
     Args:
         question: Such as ``12 + 7 - 4``.
         slip: By how much the last step is wrong.
@@ -123,10 +126,29 @@ def solve(question: str, slip: int = 0) -> tuple[str, int]:
     if not _SUM.fullmatch(question):
         raise ValueError(f"the question is {question!r}, expected a sum of whole numbers such as '12 + 7': set keep")
     first, *rest = question.split(" ")
-    total, steps = int(first), []
+    total, steps = int(first), list[str]()
     for place in range(0, len(rest), 2):
-        sign, term = rest[place], int(rest[place + 1])
-        found = total + (term if sign == "+" else -term) + (slip if place + 2 == len(rest) else 0)
-        steps.append(f"{total} {sign} {term} = {found}")
-        total = found
+        term = int(rest[place + 1]) * (-1 if rest[place] == "-" else 1)
+        steps += _by_places(total, term, rest[place])
+        total += term
+    if slip:
+        total += slip
+        steps[-1] = f"{steps[-1].partition(' = ')[0]} = {total}"
     return "; ".join(steps), total
+
+
+def _by_places(total: int, term: int, sign: str) -> list[str]:
+    """Return the steps of one addition: hundreds, tens and units by themselves, then their sums together."""
+    places = [10**power for power in reversed(range(len(str(max(abs(total), abs(term))))))]
+    left, right = (_digits(number, places) for number in (total, term))
+    steps = [f"{a} {sign} {abs(b)} = {a + b}" for a, b in zip(left, right, strict=True)]
+    found, *others = (a + b for a, b in zip(left, right, strict=True))
+    for other in others:
+        steps.append(f"{found} {'-' if other < 0 else '+'} {abs(other)} = {found + other}")
+        found += other
+    return steps
+
+
+def _digits(number: int, places: list[int]) -> list[int]:
+    """Return what each place contributes to a number: -27 is -20 and -7."""
+    return [(1 if number >= 0 else -1) * (abs(number) // place % 10) * place for place in places]

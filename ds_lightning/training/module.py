@@ -31,8 +31,8 @@ class DeepSeekModule(pl.LightningModule):
             from a checkpoint does not read it.
         optimizer: AdamW for all, or Muon for the matrices of hidden layers.
         lr: Peak learning rate.
-        embedding_lr: Peak learning rate of the embedding; none: ``lr``. Its rows are looked up, not multiplied, so the rate
-            that suits them does not fall with the width (Tensor Programs V, arXiv:2203.03466, table 3).
+        embedding_lr: Peak learning rate of the embedding; none: ``lr``. Its rows are looked up, not multiplied, so the
+            rate that suits them does not fall with the width (Tensor Programs V, arXiv:2203.03466, table 3).
         lr_schedule: Factor on it as a function of progress; none: a short warm-up and a linear fall at the end.
         betas: Decay rates of AdamW's moments.
         eps: AdamW's epsilon.

@@ -28,7 +28,9 @@ def test_orthogonalise_keeps_the_singular_vectors_and_moves_the_values_near_one(
     polar = u @ vh
     rotated = u.mT @ out @ vh.mT  # diagonal if the singular vectors are the same
     values = rotated.diagonal(dim1=-2, dim2=-1)
-    well = s / torch.linalg.matrix_norm(matrices.double(), keepdim=True).squeeze(-1) > 0.0102  # of a sum of squares of 1
+    well = (
+        s / torch.linalg.matrix_norm(matrices.double(), keepdim=True).squeeze(-1) > 0.0102
+    )  # of a sum of squares of 1
     assert (values[well] - 1).abs().max() < 0.28, "0.2694, and bfloat16"
     assert values.max() < 1.28
     off = rotated - torch.diag_embed(values)

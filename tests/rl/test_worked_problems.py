@@ -1,5 +1,6 @@
 """Worked problems for pretraining. The oracles: Python's arithmetic, the task's splits, counts by hand."""
 
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,30 @@ def module(folder: Path, **options: Any) -> WorkedProblemsDataModule:
 
 
 def test_the_steps_of_a_sum_are_right() -> None:
-    assert solve("12 + 7 - 40") == ("12 + 7 = 19; 19 - 40 = -21", -21)
+    assert solve("12 + 7") == ("10 + 0 = 10; 2 + 7 = 9; 10 + 9 = 19", 19)
+    assert solve("12 + 7 - 40", slip=-3) == (
+        "10 + 0 = 10; 2 + 7 = 9; 10 + 9 = 19; 10 - 40 = -30; 9 - 0 = 9; -30 + 9 = -24",
+        -24,
+    )
+    assert solve("-8 - 345")[0] == "0 - 300 = -300; 0 - 40 = -40; -8 - 5 = -13; -300 - 40 = -340; -340 - 13 = -353"
     assert solve("3 + 4", slip=2) == ("3 + 4 = 9", 9)
     assert solve("-5 - 4") == ("-5 - 4 = -9", -9)
+
+
+def value(terms: str) -> int:
+    """Add up ``12 + 7 - 40``."""
+    return sum(int(term) for term in terms.replace("+ ", "+").replace("- ", "-").split())
+
+
+def test_every_step_is_true_and_the_last_is_the_result() -> None:
+    draw = random.Random(0)
+    for _ in range(500):
+        terms = [f"{draw.choice('+-')} {draw.randint(0, 9999)}" for _ in range(draw.randint(1, 3))]
+        question = f"{draw.randint(-999, 999)} {' '.join(terms)}"
+        thought, result = solve(question)
+        steps = [step.partition(" = ") for step in thought.split("; ")]
+        assert [value(left) for left, _, _ in steps] == [int(right) for _, _, right in steps]
+        assert int(steps[-1][2]) == result == value(question)
 
 
 @pytest.mark.parametrize("question", ["3 * 4", "What is 3 + 4?", "3", "3 + x"])
