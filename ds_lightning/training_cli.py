@@ -20,10 +20,17 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from ds_lightning import callbacks
+from ds_lightning.callbacks.expert_load import load_ratio
+from ds_lightning.callbacks.tensorboard_layout import tensorboard_loggers
+from ds_lightning.cost.calibration import write_calibration
+from ds_lightning.cost.stored_plan import store_plan
 from ds_lightning.flops import active_param_count, param_count
 from ds_lightning.models.hf import save_hf
+from ds_lightning.report import write_run_page
+from ds_lightning.report.curves import read_curves
 from ds_lightning.summary import REPORT, read_report, summary_table, write_report
 from ds_lightning.training import checkpoint
+from ds_lightning.training.peak_memory import peak_memory_gb
 from ds_lightning.training.run_folder import check_run_folder, read_config, value_at, write_config
 from ds_lightning.user_errors import one_line, writing
 
@@ -116,7 +123,7 @@ class ExactParser(LightningArgumentParser):
 
 
 class WriteConfig(Callback):
-    """Writes the config into the run folder; last of all, when the ledger has locked the folder.
+    """Writes the config and the plan into the run folder; last of all, when the ledger has locked the folder.
 
     Args:
         folder: The run's folder.
@@ -130,6 +137,8 @@ class WriteConfig(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write, from one process."""
         if stage == "fit" and trainer.is_global_zero:
+            calibration = self.config.get("calibration")
+            store_plan(self.folder, self.config, num_devices=trainer.world_size, calibration=calibration)
             write_config(self.folder, self.config)
 
 
@@ -180,6 +189,8 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder, a section for each callback, and links between module and data."""
         parser.add_argument("--out", type=str, default=self.default_out, help="folder of the run")
+        help_text = "calibration.json of an earlier run on the device, for the plan that the report is held against"
+        parser.add_argument("--calibration", type=str | None, default=None, help=help_text)
         for key, callback in SECTIONS.items():
             parser.add_lightning_class_args(callback, key)
         parser.link_arguments("model.init_args.total_tokens", "data.init_args.total_tokens")
@@ -266,30 +277,46 @@ class TrainingCLI(LightningCLI):
         if self._callback("budget").reached:
             self.exit_status = 3
         out, cost = Path(self._options.out), self._callback("cost")
-        samples = self._callback("samples").last  # a validation of its own would forget them
+        load: torch.Tensor | None = self.model.last_expert_load
         self.trainer.limit_val_batches = 1.0
         self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         with cost.phase("export"):
             self._export(out / "weights")
         if self.trainer.is_global_zero:
-            figures = {
-                "name": self.datamodule.stage,
-                "tokens": self.model.tokens_seen,
-                "progress": self.model.planned_progress,
-                "planned": self._planned(),
-                "parameters": param_count(self.model.config, include_mtp=True),
-                "active_parameters": active_param_count(self.model.config, include_embedding=False),
-                "bits_per_byte": {},
-                "samples": samples,
-            }
-            if "val/loss" in self.trainer.callback_metrics:
-                baselines: dict[str, float] = getattr(self.datamodule, "compression_baselines", dict)()
-                figures["bits_per_byte"] = {**baselines, "model": self._metric("val/bits_per_byte")}
-                figures["val_loss"] = self._metric("val/loss")
-            for name in ("pass_at_1", "pass_at_1_greedy", "completion_length"):
-                if f"val/{name}" in self.trainer.callback_metrics:
-                    figures[name] = self._metric(f"val/{name}")
+            for logger in tensorboard_loggers(self.trainer):
+                logger.experiment.flush()
+            figures = {**self._figures(), "curves": read_curves(out)}
+            if load is not None:
+                figures["expert_load"] = load_ratio(load).round(decimals=3).tolist()
             Console().print(summary_table(write_report(out, figures)))
+            write_calibration(out)
+            print(f"report: {write_run_page(out)}")
+
+    def _figures(self) -> dict[str, Any]:
+        """Return what was measured of the finished run."""
+        figures: dict[str, Any] = {
+            "name": self.datamodule.stage,
+            "tokens": self.model.tokens_seen,
+            "progress": self.model.planned_progress,
+            "planned": self._planned(),
+            "parameters": param_count(self.model.config, include_mtp=True),
+            "active_parameters": active_param_count(self.model.config, include_embedding=False),
+            "peak_memory_gb": peak_memory_gb(self.model.device),
+            "bits_per_byte": {},
+            "samples": self._callback("samples").last,
+            "first_samples": self._callback("samples").first,
+        }
+        if "val/loss" in self.trainer.callback_metrics:
+            baselines: dict[str, float] = getattr(self.datamodule, "compression_baselines", dict)()
+            figures["bits_per_byte"] = {**baselines, "model": self._metric("val/bits_per_byte")}
+            figures["val_loss"] = self._metric("val/loss")
+        for name in ("pass_at_1", "pass_at_1_greedy", "completion_length"):
+            if f"val/{name}" in self.trainer.callback_metrics:
+                figures[name] = self._metric(f"val/{name}")
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, callbacks.PassAtOne):
+                figures |= {"first_answers": callback.first, "answers": callback.last}
+        return figures
 
     def before_validate(self) -> None:
         """Measure the newest valid checkpoint of the run folder, if no other is named."""
