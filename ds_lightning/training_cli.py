@@ -26,7 +26,7 @@ from ds_lightning.cost.calibration import write_calibration
 from ds_lightning.cost.stored_plan import store_plan
 from ds_lightning.flops import active_param_count, param_count
 from ds_lightning.models.hf import save_hf
-from ds_lightning.report import write_run_page
+from ds_lightning.report import PAGE, check_ours, write_run_page
 from ds_lightning.report.curves import read_curves
 from ds_lightning.summary import REPORT, read_report, summary_table, write_report
 from ds_lightning.training import checkpoint
@@ -239,6 +239,7 @@ class TrainingCLI(LightningCLI):
         self._dump_config()
         out = Path(self._options.out)
         check_run_folder(out, self.config_dump)
+        check_ours(out / PAGE)
         self.trainer.callbacks.append(WriteConfig(out, self.config_dump))  # type: ignore[attr-defined]
         self._find_checkpoint("fit")
 

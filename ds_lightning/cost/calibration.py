@@ -16,7 +16,6 @@ from ds_lightning.cost.roofline import muon_flops
 from ds_lightning.cost.run_config import RunConfig, lacks, read_run, read_sections
 from ds_lightning.flops import forward_flops_per_token, train_flops_per_token
 
-
 CALIBRATION = "calibration.json"
 """Name of the calibration that a run leaves in its folder."""
 

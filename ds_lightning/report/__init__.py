@@ -7,10 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ds_lightning.report.gallery import GALLERY, gallery_page, ranked, report_table, run_row
-from ds_lightning.report.page import run_page, write_page
+from ds_lightning.report.page import check_ours, run_page, write_page
 from ds_lightning.report.run_data import PAGE, RunData, read_run_data
 
-__all__ = ["RunData", "ranked", "read_run_data", "report_table", "run_row", "write_gallery", "write_run_page"]
+__all__ = [
+    "PAGE",
+    "RunData",
+    "check_ours",
+    "ranked",
+    "read_run_data",
+    "report_table",
+    "run_row",
+    "write_gallery",
+    "write_run_page",
+]
 
 
 def write_run_page(run: str | Path | RunData, out: str | Path | None = None) -> Path:

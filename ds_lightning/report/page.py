@@ -55,16 +55,22 @@ def write_page(path: Path, page: str) -> Path:
         ValueError: If the file is there and is not one of our pages.
         OSError: If it cannot be written; an earlier page is then as it was.
     """
-    if path.exists() and not _is_ours(path):
-        raise ValueError(f"{path} was not written by ds-lightning report, expected no file there: give another --out")
+    check_ours(path)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
     return path
 
 
-def _is_ours(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return MARK.encode() in file.read(1000)
+def check_ours(path: Path) -> None:
+    """Refuse to write over what is not a page of ours.
+
+    Raises:
+        ValueError: If the file is there and is not one of our pages.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if MARK.encode() in file.read(1000):
+                return
+    if path.exists():
+        raise ValueError(f"{path} was not written by ds-lightning report, expected no file there: move it away")
