@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_lightning.cost.planner import Terms, plan_run
-from ds_lightning.cost.run_config import run_of
+from ds_lightning.cost.run_config import lacks, run_of
 
 PLAN = "plan.json"
 """Name of the plan in a run folder."""
@@ -40,6 +40,10 @@ def store_plan(
         "reason": "",
     }
     try:
+        if missing := lacks(config):
+            raise ValueError(
+                f"only pretraining on a number of tokens is planned, and {', '.join(missing)} is not given"
+            )
         run = run_of(config, (str(folder / "config.yaml"),))
         stored["settings"] = json.loads(json.dumps({**run.values, "num_devices": num_devices}))
         earlier = read_plan(folder)

@@ -85,7 +85,8 @@ def _graph(
         from_zero=from_zero,
     )
     legend = "".join(f'<li><i class="stroke {line.style}"></i>{safe(line.label)}</li>' for line in lines)
-    stages = " ".join(f'<i class="number">{index}</i>{safe(name)}' for index, (name, _, _) in enumerate(chart.bands, 1))
+    names = [name for name, _, _ in chart.bands]
+    stages = " ".join(f'<span><i class="number">{index}</i>{safe(name)}</span>' for index, name in enumerate(names, 1))
     numbered = f'<p class="bands">{stages}</p>' if stages else ""
     drawn = f'{line_chart(chart)}<ul class="legend">{legend}</ul>{numbered}'
     return f"<figure><figcaption>{safe(title)}</figcaption>{drawn}</figure>"

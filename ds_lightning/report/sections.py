@@ -88,8 +88,11 @@ def comparison(run: RunData) -> str:
     else:
         body = _compared(by_phase, "phase")
     body += "".join(_memory(stage, run.recipe) for stage in run.stages)
-    notes = [_basis(stage, run.recipe) for stage in run.stages]
-    return _section("Planned and actual", body, *dict.fromkeys(notes))
+    by_note: dict[str, list[str]] = {}
+    for stage in run.stages:
+        by_note.setdefault(_basis(stage), []).append(stage.name)
+    notes = [f"{', '.join(names)}: {note}" if run.recipe else note for note, names in by_note.items()]
+    return _section("Planned and actual", body, *notes)
 
 
 def _compared(lines: Sequence[Compared], first: str) -> str:
@@ -111,15 +114,14 @@ def _compared(lines: Sequence[Compared], first: str) -> str:
     return _table([first, ">planned", ">actual", ">ratio"], rows, last_is_total=first == "phase")
 
 
-def _basis(stage: StageData, named: bool) -> str:
+def _basis(stage: StageData) -> str:
     """Say what the plan rests on, or why there is none."""
     if stage.plan is None:
-        return f"{stage.name}: no plan was stored when it began." if named else "No plan was stored when this began."
+        return "no plan was stored at the start."
     plan = stage.plan["plan"]
-    said = f"not planned: {stage.plan['reason']}."
-    if plan is not None:
-        said = f"planned on {stage.plan['date']}; it rests on this: {plan['assumption']}."
-    return f"{stage.name}: {said}" if named else said[:1].upper() + said[1:]
+    if plan is None:
+        return f"not planned, since {stage.plan['reason']}."
+    return f"planned on {stage.plan['date']}; it rests on this: {plan['assumption']}."
 
 
 def _memory(stage: StageData, named: bool) -> str:
@@ -127,9 +129,10 @@ def _memory(stage: StageData, named: bool) -> str:
     if peak is None or plan is None:
         return ""
     planned = plan["memory_gb"]["total"]
-    where = f"{stage.name}: " if named else ""
+    tensors = "" if plan["memory_gb"].get("base") else " of tensors alone"
+    where = f"{stage.name}: peak" if named else "Peak"
     return (
-        f'<p class="fact">{safe(where)}Peak memory of a device: planned {significant(planned, 3)} GB, actual '
+        f'<p class="fact">{safe(where)} memory of a device: planned {significant(planned, 3)} GB{tensors}, actual '
         f"{significant(peak, 3)} GB ({ratio(peak, planned)}); tokens: planned {plan['tokens']:,}, actual "
         f"{stage.figures['tokens']:,}.</p>"
     )
