@@ -30,8 +30,9 @@ def store_plan(
         returns it, or none and the ``reason`` why there is none.
 
     Raises:
-        ValueError: If a calibration is given and no plan can be made by it.
+        ValueError: If a calibration is given and no plan can be made by it, or an earlier plan is damaged.
     """
+    earlier = read_plan(folder)
     stored: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "calibration": calibration,
@@ -42,11 +43,10 @@ def store_plan(
     try:
         if missing := lacks(config):
             raise ValueError(
-                f"only pretraining on a number of tokens is planned, and {', '.join(missing)} is not given"
+                f"the config has no {' and no '.join(missing)}: only pretraining on a number of tokens is planned"
             )
         run = run_of(config, (str(folder / "config.yaml"),))
         stored["settings"] = json.loads(json.dumps({**run.values, "num_devices": num_devices}))
-        earlier = read_plan(folder)
         if earlier is not None and all(earlier[key] == stored[key] for key in ("settings", "calibration")):
             return earlier
         prices = config.get("cost", {}).get("prices_file")
