@@ -22,7 +22,7 @@ from rich.console import Console
 from ds_lightning import callbacks
 from ds_lightning.callbacks.expert_load import load_ratio
 from ds_lightning.callbacks.tensorboard_layout import tensorboard_loggers
-from ds_lightning.cost.calibration import write_calibration
+from ds_lightning.cost.calibration import Calibration, write_calibration
 from ds_lightning.cost.stored_plan import store_plan
 from ds_lightning.flops import active_param_count, param_count
 from ds_lightning.models.hf import save_hf
@@ -240,6 +240,8 @@ class TrainingCLI(LightningCLI):
         out = Path(self._options.out)
         check_run_folder(out, self.config_dump)
         check_ours(out / PAGE)
+        if self._options.calibration is not None:
+            Calibration.read(self._options.calibration)
         self.trainer.callbacks.append(WriteConfig(out, self.config_dump))  # type: ignore[attr-defined]
         self._find_checkpoint("fit")
 

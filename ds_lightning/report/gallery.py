@@ -81,7 +81,7 @@ def _card(number: int, run: RunData, path: Path) -> str:
 def _result(row: dict[str, Any]) -> str:
     if row["kind"] is None:
         return "not finished"
-    return f"{percent(row['result'])} pass@1" if row["kind"] == "pass@1" else f"{row['result']:.3f} bits per byte"
+    return f"{percent(row['result'])} pass@1" if row["kind"] == "pass@1" else f"{row['result']:.3f} bits/byte"
 
 
 def report_table(runs: Sequence[RunData]) -> Table:
@@ -92,7 +92,8 @@ def report_table(runs: Sequence[RunData]) -> Table:
         table.add_column(name, justify="right")
     for run in ranked(runs):
         row = run_row(run)
-        each = "" if row["usd_per_result"] is None else f"{usd(row['usd_per_result'])} a {row['unit']}"
+        unit = "a point" if row["kind"] == "pass@1" else "a bit"
+        each = "" if row["usd_per_result"] is None else f"{usd(row['usd_per_result'])} {unit}"
         figures = (_result(row), usd(row["usd"]), hours(row["device_hours"]), each)
         table.add_row(run.name, *figures, percent(row["share_without_gradient"]))
     return table

@@ -85,8 +85,8 @@ def _graph(
         from_zero=from_zero,
     )
     legend = "".join(f'<li><i class="stroke {line.style}"></i>{safe(line.label)}</li>' for line in lines)
-    names = [name for name, _, _ in chart.bands]
-    stages = " ".join(f'<span><i class="number">{index}</i>{safe(name)}</span>' for index, name in enumerate(names, 1))
+    bands = enumerate((name for name, _, _ in chart.bands), start=1)
+    stages = " ".join(f'<span><i class="number">{index}</i>{safe(name)}</span>' for index, name in bands)
     numbered = f'<p class="bands">{stages}</p>' if stages else ""
     drawn = f'{line_chart(chart)}<ul class="legend">{legend}</ul>{numbered}'
     return f"<figure><figcaption>{safe(title)}</figcaption>{drawn}</figure>"
