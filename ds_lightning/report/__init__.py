@@ -53,7 +53,9 @@ def write_gallery(runs: Sequence[RunData], out: str | Path | None = None) -> Pat
         OSError: If a file cannot be written.
     """
     common = Path(os.path.commonpath([run.folder.resolve() for run in runs]))
-    path = Path(os.path.relpath(common / GALLERY)) if out is None else Path(out)
+    here = Path.cwd()
+    default = (common.relative_to(here) if common.is_relative_to(here) else common) / GALLERY
+    path = default if out is None else Path(out)
     for run in runs:
         write_run_page(run)
     return write_page(path, gallery_page(runs, path.resolve()))

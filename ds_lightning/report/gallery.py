@@ -86,14 +86,13 @@ def _result(row: dict[str, Any]) -> str:
 
 def report_table(runs: Sequence[RunData]) -> Table:
     """Return the figures of runs as a table to print, the best for its money first."""
-    table = Table()
+    table = Table(caption="usd/result: a point of pass@1, or a bit saved per byte; no grad: dollars without a gradient")
     table.add_column("run")
-    for name in ("result", "usd", "device-hours", "usd per result", "no gradient"):
+    for name in ("result", "usd", "device-hours", "usd/result", "no grad"):
         table.add_column(name, justify="right")
     for run in ranked(runs):
         row = run_row(run)
-        unit = "a point" if row["kind"] == "pass@1" else "a bit"
-        each = "" if row["usd_per_result"] is None else f"{usd(row['usd_per_result'])} {unit}"
+        each = "" if row["usd_per_result"] is None else usd(row["usd_per_result"])
         figures = (_result(row), usd(row["usd"]), hours(row["device_hours"]), each)
         table.add_row(run.name, *figures, percent(row["share_without_gradient"]))
     return table

@@ -128,7 +128,7 @@ def test_why_stages_were_not_planned_is_said_once(tmp_path: Path) -> None:
 def test_a_gallery_ranks_runs_and_links_their_pages(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "runs" / "b&w", bits_per_byte={"model": 3.0}), write_recipe(tmp_path / "runs" / "r1")]
     path = write_gallery([read_run_data(run) for run in runs])
-    assert path.resolve() == tmp_path / "runs" / "gallery.html"
+    assert path == tmp_path / "runs" / "gallery.html"
     shown = Page(path)
     links = [attributes["href"] for tag, attributes in shown.tags if tag == "a"]
     assert links == ["r1/report.html", "b%26w/report.html"]
