@@ -13,6 +13,8 @@ from ds_lightning.cost.run_config import lacks, run_of
 PLAN = "plan.json"
 """Name of the plan in a run folder."""
 
+PLANNED = "only pretraining on a number of tokens is planned"
+
 
 def store_plan(
     folder: Path, config: dict[str, Any], *, num_devices: int, calibration: str | None = None
@@ -30,7 +32,8 @@ def store_plan(
         returns it, or none and the ``reason`` why there is none.
 
     Raises:
-        ValueError: If a calibration is given and no plan can be made by it, or an earlier plan is damaged.
+        ValueError: If a calibration is given and a run that can be planned cannot be planned by it, or an earlier plan
+            is damaged.
     """
     earlier = read_plan(folder)
     stored: dict[str, Any] = {
@@ -40,22 +43,20 @@ def store_plan(
         "plan": None,
         "reason": "",
     }
-    try:
-        if missing := lacks(config):
-            raise ValueError(
-                f"the config has no {' and no '.join(missing)}: only pretraining on a number of tokens is planned"
-            )
+    if missing := lacks(config):
+        stored["reason"] = f"the config has no {' and no '.join(missing)}: {PLANNED}"
+    else:
         run = run_of(config, (str(folder / "config.yaml"),))
         stored["settings"] = json.loads(json.dumps({**run.values, "num_devices": num_devices}))
         if earlier is not None and all(earlier[key] == stored[key] for key in ("settings", "calibration")):
             return earlier
-        prices = config.get("cost", {}).get("prices_file")
-        terms = Terms(device=run["cost.device"], num_devices=num_devices, prices_file=prices)
-        stored["plan"] = plan_run(run, terms, calibration=calibration)
-    except ValueError as error:
-        if calibration is not None:
-            raise
-        stored["reason"] = str(error)  # a run that nobody can plan still runs, and its report says why
+        terms = Terms(run["cost.device"], num_devices, prices_file=config.get("cost", {}).get("prices_file"))
+        try:
+            stored["plan"] = plan_run(run, terms, calibration=calibration)
+        except ValueError as error:
+            if calibration is not None:
+                raise
+            stored["reason"] = str(error)  # a run that nobody can plan still runs, and its report says why
     folder.mkdir(parents=True, exist_ok=True)
     temporary = (folder / PLAN).with_suffix(".tmp")
     temporary.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")

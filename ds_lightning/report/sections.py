@@ -189,7 +189,8 @@ def bill(run: RunData) -> str:
 
 
 def _share(share: float) -> str:
-    return f'<span class="meter"><i style="width:{100 * share:.1f}%"></i></span><span class="share">{percent(share)}</span>'
+    bar = f'<span class="meter"><i style="width:{100 * share:.1f}%"></i></span>'
+    return f'{bar}<span class="share">{percent(share)}</span>'
 
 
 def experts(run: RunData) -> str:

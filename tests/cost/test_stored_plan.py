@@ -57,12 +57,13 @@ def test_a_later_attempt_keeps_the_plan_and_a_longer_run_has_another(run_dir: Pa
 def test_a_run_that_cannot_be_planned_says_why_and_runs(run_dir: Path) -> None:
     rollouts = config(run_dir)
     del rollouts["data"]["init_args"]["seq_len"], rollouts["model"]["init_args"]["total_tokens"]
-    stored = store_plan(run_dir, rollouts, num_devices=1)
+    stored = store_plan(run_dir, rollouts, num_devices=1, calibration="of all stages of a recipe.json")
     assert stored["plan"] is None
     assert stored["reason"] == (
         "the config has no model.init_args.total_tokens and no data.init_args.seq_len: "
         "only pretraining on a number of tokens is planned"
     )
+    (run_dir / "plan.json").unlink()
     mine = config(run_dir) | {"cost": {"device": "mine", "usd_per_device_hour": 1.0}}
     assert "mine" in store_plan(run_dir, mine, num_devices=1)["reason"]
 
