@@ -64,8 +64,7 @@ class ExpertLoad(Callback):
         pl_module.log("moe/max_violation", max_violation(load).mean())
         pl_module.log("moe/dead_experts", self._count_dead(load).float())
         if trainer.global_step % self.every_n_steps == 0:
-            ratio = load / load.mean(dim=1, keepdim=True).clamp_min(torch.finfo(load.dtype).tiny)
-            image = load_heatmap(ratio.float().cpu().numpy())
+            image = load_heatmap(load_ratio(load).numpy())
             for logger in tensorboard_loggers(trainer):
                 logger.experiment.add_image("moe/load", image, trainer.global_step, dataformats="HWC")
 
@@ -84,6 +83,11 @@ class ExpertLoad(Callback):
         """Restore what ``state_dict`` returned."""
         self._idle_steps = state_dict["idle_steps"]
         self._steps_counted = state_dict["steps_counted"]
+
+
+def load_ratio(load: Float[Tensor, "layers experts"]) -> Float[Tensor, "layers experts"]:
+    """Return the load of each expert over the mean of its layer, in fp32 on the CPU."""
+    return (load / load.mean(dim=1, keepdim=True).clamp_min(torch.finfo(load.dtype).tiny)).float().cpu()
 
 
 def load_heatmap(ratio: Float[np.ndarray, "layers experts"]) -> UInt8[np.ndarray, "height width 3"]:

@@ -11,6 +11,9 @@ from ds_lightning.rl.rewards import Reward, Scorer
 from ds_lightning.rl.rollouts import score
 from ds_lightning.rl.tasks import Task
 
+SHOWN = 10
+"""Answers that are kept for people to read."""
+
 
 class PassAtOne(Callback):
     """Lets the model answer held-out problems, once greedily and once by sampling, and logs the share that is right.
@@ -33,7 +36,8 @@ class PassAtOne(Callback):
         ValueError: If a number is out of range.
 
     Attributes:
-        last: Some prompts and greedy answers of the latest validation.
+        first: Ten prompts of the run's first validation, with the greedy answers and whether they were right (1 or 0).
+        last: The same of its latest validation.
     """
 
     def __init__(
@@ -61,7 +65,8 @@ class PassAtOne(Callback):
         self.temperature = temperature
         self.seed = seed
         self.scorer = Scorer([Reward(accuracy.__name__)], workers=workers)
-        self.last: list[str] = []
+        self.first: list[dict[str, Any]] = []
+        self.last: list[dict[str, Any]] = []
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer, score and log."""
@@ -87,11 +92,23 @@ class PassAtOne(Callback):
                 share[name] = sum(reward or 0.0 for reward in rewards) / count
                 lengths = [len(sample.tokens) for sample in samples]
                 if not temperature:
-                    self.last = [_shown(prompter, problems[sample.prompt].prompt, sample) for sample in samples[:10]]
+                    self.last = [
+                        _shown(prompter, problems[sample.prompt].prompt, sample, reward)
+                        for sample, reward in zip(samples[:SHOWN], rewards[:SHOWN], strict=True)
+                    ]
+                    self.first = self.first or self.last
         for name, value in share.items():
             pl_module.log(f"val/{name}", value, prog_bar=name == "pass_at_1", sync_dist=True)
         pl_module.log("val/completion_length", sum(lengths) / count, sync_dist=True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the first answers of the run."""
+        return {"first": self.first}
 
-def _shown(prompter: Prompter, prompt: Any, sample: Sample) -> str:
-    return prompter.text(prompt) + prompter.decode(sample)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up."""
+        self.first = state_dict["first"]
+
+
+def _shown(prompter: Prompter, prompt: Any, sample: Sample, reward: float | None) -> dict[str, Any]:
+    return {"prompt": prompter.text(prompt), "answer": prompter.decode(sample), "reward": reward or 0.0}

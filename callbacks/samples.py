@@ -27,6 +27,7 @@ class Samples(Callback):
         seed: Seed of the noise.
 
     Attributes:
+        first: Prompt and continuation of every prompt in the run's first round.
         last: Prompt and continuation of every prompt in the latest round.
 
     Raises:
@@ -51,6 +52,7 @@ class Samples(Callback):
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.seed = seed
+        self.first: list[str] = []
         self.last: list[str] = []
         self._last_step = 0
 
@@ -83,6 +85,14 @@ class Samples(Callback):
         if pl_module.progress >= 1 and trainer.global_step % self.every_n_steps != 0:
             self._sample(trainer, pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the first round of the run."""
+        return {"first": self.first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up."""
+        self.first = state_dict["first"]
+
     def _sample(self, trainer: Trainer, pl_module: Any) -> None:
         tokenizer = _tokenizer(trainer)
         prompts = [tokenizer.encode(prompt).ids for prompt in self.prompts]
@@ -96,6 +106,7 @@ class Samples(Callback):
                 prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
             )
             self.last = [tokenizer.decode(prompts[sample.prompt] + sample.tokens.tolist()) for sample in samples]
+        self.first = self.first or self.last
         for logger in tensorboard_loggers(trainer):
             for i, text in enumerate(self.last):
                 # An indented code block: a fenced one could be closed by the text itself.

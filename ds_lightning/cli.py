@@ -34,6 +34,7 @@ HELP = """usage: ds-lightning COMMAND [options]
   generate   text from a model: ds-lightning generate --model HF_DIR --prompt 'Once upon a time'
   bench      measure against a peer: ds-lightning bench generate
   ledger     verify what a run has cost, and add it up: ds-lightning ledger RUN_DIR
+  report     a page to show around, of a run or of many: ds-lightning report RUN_DIR [RUN_DIR ...]
   plan       what a run will need and cost: ds-lightning plan --config FILE --device h100 --num_devices 8
   calibrate  write what a run measured of its device, for plan --calibration: ds-lightning calibrate RUN_DIR FILE
   audit      recompute a published claim of a cost: ds-lightning audit deepseek-r1
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": _generate,
         "bench": _bench,
         "ledger": _ledger,
+        "report": _report,
         "plan": _plan,
         "calibrate": _calibrate,
         "audit": _audit,
@@ -246,6 +248,27 @@ def _ledger(argv: list[str]) -> int:
         print(json.dumps(report, indent=1))
     else:
         Console().print(ledger_table(report))
+    return DONE
+
+
+def _report(argv: list[str]) -> int:
+    from rich.console import Console
+
+    from ds_lightning.report import ranked, read_run_data, report_table, run_row, write_gallery, write_run_page
+
+    parser = _parser("report")
+    parser.add_argument("run_dirs", type=str, nargs="+", help="folders of runs or recipes; of several, a gallery")
+    help_out = "page to write; none: report.html in the folder, gallery.html in the folder of several"
+    parser.add_argument("--out", type=str, help=help_out)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = _parse(parser, argv)
+    runs = ranked([read_run_data(folder) for folder in options.run_dirs])
+    written = write_run_page(runs[0], options.out) if len(runs) == 1 else write_gallery(runs, options.out)
+    if options.json:
+        print(json.dumps({"page": str(written), "runs": [run_row(run) for run in runs]}, indent=1))
+    else:
+        Console().print(report_table(runs))
+        print(f"wrote {written}")
     return DONE
 
 

@@ -21,8 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from ds_lightning import callbacks
-from ds_lightning.flops import active_param_count, param_count
+from ds_lightning.callbacks.tensorboard_layout import tensorboard_loggers
+from ds_lightning.cost.calibration import Calibration, write_calibration
+from ds_lightning.cost.stored_plan import store_plan
 from ds_lightning.models.hf import save_hf
+from ds_lightning.report import PAGE, check_ours, write_run_page
+from ds_lightning.report.curves import read_curves
+from ds_lightning.stage_figures import stage_figures
 from ds_lightning.summary import REPORT, read_report, summary_table, write_report
 from ds_lightning.training import checkpoint
 from ds_lightning.training.run_folder import check_run_folder, read_config, value_at, write_config
@@ -117,7 +122,7 @@ class ExactParser(LightningArgumentParser):
 
 
 class WriteConfig(Callback):
-    """Writes the config into the run folder; last of all, when the ledger has locked the folder.
+    """Writes the config and the plan into the run folder; last of all, when the ledger has locked the folder.
 
     Args:
         folder: The run's folder.
@@ -131,6 +136,8 @@ class WriteConfig(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write, from one process."""
         if stage == "fit" and trainer.is_global_zero:
+            calibration = self.config.get("calibration")
+            store_plan(self.folder, self.config, num_devices=trainer.world_size, calibration=calibration)
             write_config(self.folder, self.config)
 
 
@@ -181,6 +188,8 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder, a section for each callback, and links between module and data."""
         parser.add_argument("--out", type=str, default=self.default_out, help="folder of the run")
+        help_text = "calibration.json of an earlier run on the device, for the plan that the report is held against"
+        parser.add_argument("--calibration", type=str | None, default=None, help=help_text)
         for key, callback in SECTIONS.items():
             parser.add_lightning_class_args(callback, key)
         parser.link_arguments("model.init_args.total_tokens", "data.init_args.total_tokens")
@@ -229,6 +238,9 @@ class TrainingCLI(LightningCLI):
         self._dump_config()
         out = Path(self._options.out)
         check_run_folder(out, self.config_dump)
+        check_ours(out / PAGE)
+        if self._options.calibration is not None:
+            Calibration.read(self._options.calibration)
         self.trainer.callbacks.append(WriteConfig(out, self.config_dump))  # type: ignore[attr-defined]
         self._find_checkpoint("fit")
 
@@ -281,10 +293,13 @@ class TrainingCLI(LightningCLI):
         if budget.reached:
             self.exit_status = 3
         out, cost = Path(self._options.out), self._callback("cost")
-        samples = self._callback("samples").last  # a validation of its own would forget them
+        samples = self._callback("samples")
+        # A validation of its own resets what the callbacks and the module hold of training.
+        figures: dict[str, Any] = {"samples": samples.last, "first_samples": samples.first}
+        load: torch.Tensor | None = self.model.last_expert_load
         with cost.phase("export"):
             self._export(out / "weights")
-        metrics: dict[str, Any] = {}
+        metrics: dict[str, float] = {}
         if budget.pays_validation:
             self.trainer.limit_val_batches = 1.0
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
@@ -292,25 +307,13 @@ class TrainingCLI(LightningCLI):
         else:
             print("the budget leaves nothing for the last validation", file=sys.stderr)
         if self.trainer.is_global_zero:
-            figures = {
-                "name": self.datamodule.stage,
-                "tokens": self.model.tokens_seen,
-                "progress": self.model.planned_progress,
-                "planned": self._planned(),
-                "budget": budget.reached,
-                "parameters": param_count(self.model.config, include_mtp=True),
-                "active_parameters": active_param_count(self.model.config, include_embedding=False),
-                "bits_per_byte": {},
-                "samples": samples,
-            }
-            if "val/loss" in metrics:
-                baselines: dict[str, float] = getattr(self.datamodule, "compression_baselines", dict)()
-                figures["bits_per_byte"] = {**baselines, "model": metrics["val/bits_per_byte"]}
-                figures["val_loss"] = metrics["val/loss"]
-            for name in ("pass_at_1", "pass_at_1_greedy", "completion_length"):
-                if f"val/{name}" in metrics:
-                    figures[name] = metrics[f"val/{name}"]
+            for logger in tensorboard_loggers(self.trainer):
+                logger.experiment.flush()
+            figures |= {"planned": self._planned(), "budget": budget.reached, "curves": read_curves(out)}
+            figures |= stage_figures(self.trainer, self.model, self.datamodule, metrics, load)
             Console().print(summary_table(write_report(out, figures)))
+            write_calibration(out)
+            print(f"report: {write_run_page(out)}")
 
     def before_validate(self) -> None:
         """Measure the newest valid checkpoint of the run folder, if no other is named."""

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ds_lightning.cost.ledger_report import ledger_report
-from ds_lightning.cost.memory import trained_params
+from ds_lightning.cost.memory import Layout, memory_per_device, trained_params
 from ds_lightning.cost.roofline import muon_flops
-from ds_lightning.cost.run_config import RunConfig, read_run
+from ds_lightning.cost.run_config import RunConfig, lacks, read_run, read_sections
 from ds_lightning.flops import forward_flops_per_token, train_flops_per_token
+
+CALIBRATION = "calibration.json"
+"""Name of the calibration that a run leaves in its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,9 @@ class Calibration:
     """Seconds of ``idle``, an attempt."""
     heldout_tokens: int
     """Tokens that the run validated on at its end."""
+    base_memory_gb: float
+    """Peak memory of a device less what the closed form counts: interpreter, libraries, mapped data, slack; 0 where the
+    run did not record its peak."""
 
     def __post_init__(self) -> None:
         """Refuse what no run measures."""
@@ -112,7 +118,7 @@ def calibration_from_run(run_dir: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no report.json, expected a run that came to its end: calibrate with that")
     try:
         stage = json.loads(report_path.read_text(encoding="utf-8"))["stages"][0]
-        tokens = int(stage["tokens"])
+        tokens, peak = int(stage["tokens"]), float(stage.get("peak_memory_gb", 0.0))
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{report_path} has no stage with its tokens ({error!r}): end the run anew") from None
     run = read_run(folder / "config.yaml")
@@ -140,8 +146,35 @@ def calibration_from_run(run_dir: str | Path) -> dict[str, Any]:
         startup_seconds=seconds.get("startup", 0.0) / attempts,
         idle_seconds=seconds.get("idle", 0.0) / attempts,
         heldout_tokens=heldout,
+        base_memory_gb=max(0.0, peak - _closed_form_gb(run, terms["device"], devices)) if peak else 0.0,
     )
     return asdict(measured)
+
+
+def write_calibration(run_dir: Path) -> Path | None:
+    """Write ``calibration.json`` into the folder of a finished run; none where the planner cannot plan such a run.
+
+    Raises:
+        ValueError: If the folder is not that of a finished run.
+    """
+    if lacks(read_sections([run_dir / "config.yaml"])):
+        return None
+    path = run_dir / CALIBRATION
+    Calibration(**calibration_from_run(run_dir)).write(path)
+    return path
+
+
+def _closed_form_gb(run: RunConfig, device: str, devices: int) -> float:
+    """Return the memory that a plan without calibration counts for a device."""
+    memory = memory_per_device(
+        run.model,
+        Layout(num_devices=devices, recompute=run["model.init_args.recompute"]),
+        micro_rows=-(-run.batch_size // (devices * run["trainer.accumulate_grad_batches"])),
+        seq_len=run.seq_len,
+        mixed=run.mixed(device),
+        optimizer=run["model.init_args.optimizer"],
+    )
+    return memory.total / 1e9
 
 
 def training_flops(run: RunConfig, tokens: float) -> float:

@@ -62,6 +62,8 @@ def _memory(plan: dict[str, Any]) -> Table:
     table = _table("memory of a device", "part", "GB")
     for name in ("weights", "gradients", "optimizer", "activations", "workspace"):
         table.add_row(name, f"{memory[name]:,.3g}")
+    if memory["base"]:
+        table.add_row("program and libraries", f"{memory['base']:,.3g}")
     table.add_section()
     table.add_row(f"total of {memory['available']:g}", f"{memory['total']:,.3g}")
     if memory["host"]:

@@ -138,6 +138,8 @@ class _Outcome:
     """Factor in the worst."""
     efficiency: Efficiency
     assumption: str
+    base_memory_gb: float = 0.0
+    """Memory of a device beside what the closed form counts."""
     notes: tuple[str, ...] = ()
 
 
@@ -249,6 +251,7 @@ def _calibrated(run: RunConfig, measured: Calibration, bound: StepBound, devices
         high=1 + spread,
         efficiency=efficiency,
         assumption=assumption,
+        base_memory_gb=measured.base_memory_gb,
         notes=tuple(notes),
     )
 
@@ -307,7 +310,7 @@ def _report(
         **{key: value for key, value in asdict(layout).items() if key != "num_devices"},
         "runs_today": layout.runs_today,
         "micro_rows": fit.micro_rows,
-        "memory_gb": {**fit.memory.to_dict(), "available": hardware.links.memory_gb, "usable_share": USABLE},
+        "memory_gb": _memory_gb(fit, hardware, outcome.base_memory_gb),
         "step_bound_seconds": bound.to_dict(),
         "efficiency": asdict(outcome.efficiency),
         "tokens_per_second": outcome.tokens / (outcome.phases["train"] + outcome.phases.get("data", 0.0)),
@@ -327,6 +330,12 @@ def _report(
         "assumption": price_note if by_price else outcome.assumption,
         "notes": _notes(run, hardware, fit, outcome),
     }
+
+
+def _memory_gb(fit: Fit, hardware: Hardware, base: float) -> dict[str, float]:
+    parts = {**fit.memory.to_dict(), "base": base}
+    parts["total"] += base
+    return {**parts, "available": hardware.links.memory_gb, "usable_share": USABLE}
 
 
 def _notes(run: RunConfig, hardware: Hardware, fit: Fit, outcome: _Outcome) -> list[str]:

@@ -167,6 +167,11 @@ def run_of(content: dict[str, Any], files: tuple[str, ...]) -> RunConfig:
     )
 
 
+def lacks(content: dict[str, Any]) -> list[str]:
+    """Return the keys that a plan needs and a config does not have: those of fine-tuning by epochs, of rollouts."""
+    return [key for key in REQUIRED if _at(content, key, None) is None]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of sections.
 

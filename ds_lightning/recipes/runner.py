@@ -23,6 +23,7 @@ from ds_lightning.cost.ledger_report import LEDGER_NAME, ledger_report
 from ds_lightning.cost.run_config import first_difference, merged, read_yaml
 from ds_lightning.recipes.recipe import RECIPE, Recipe, Stage, read_recipe
 from ds_lightning.recipes.table import recipe_table, write_recipe_report
+from ds_lightning.report import PAGE, check_ours, write_run_page
 from ds_lightning.summary import REPORT
 from ds_lightning.user_errors import writing
 
@@ -46,8 +47,9 @@ def run_recipe(
     """Run the stages of a recipe that are not finished, and show the table after each.
 
     The folder holds a folder a stage, ``recipe.yaml`` (the resolved recipe), ``<stage>.yaml`` (what the runner adds to
-    the stage's configs), ``<stage>.log`` (what its processes printed), ``ledger.jsonl`` (the time between stages) and
-    ``report.json``. All ledgers together book every second from the start of this process on.
+    the stage's configs), ``<stage>.log`` (what its processes printed), ``ledger.jsonl`` (the time between stages),
+    ``report.json`` and its page ``report.html``. All ledgers together book every second from the start of this process
+    on.
 
     Args:
         path: The recipe; see :func:`~ds_lightning.recipes.recipe.read_recipe`.
@@ -69,6 +71,7 @@ def run_recipe(
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder), _alone(folder) as lock:
         _claim(recipe, folder)
+        check_ours(folder / PAGE)
         runner = _Runner(recipe, folder, command, lock, process_start_ns() if started_ns is None else started_ns)
         with runner.listening():
             return runner.run(as_json)
@@ -104,6 +107,7 @@ class _Runner:
             self._open(stage)
             if status == DONE and not as_json and stage is not self.recipe.stages[-1]:
                 Console().print(recipe_table(write_recipe_report(self.recipe, self.folder)))
+                write_run_page(self.folder)
             if status != DONE:
                 break
         self._close()  # so that the last table shows the sums that stay
@@ -112,6 +116,9 @@ class _Runner:
             print(json.dumps(report, indent=1))
         else:
             Console().print(recipe_table(report))
+        if status == DONE:  # of a stage that was interrupted, curves take a second to read: ds-lightning report does
+            page = write_run_page(self.folder)
+            print(f"report: {page}", file=sys.stderr, flush=True)
         return status
 
     def _stage(self, stage: Stage) -> int:

@@ -10,38 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from ds_lightning.cost import Ledger, calibration_from_run, find_price, plan
-from ds_lightning.cost.calibration import Calibration, num_checkpoints, validation_tokens
+from ds_lightning.cost import calibration_from_run, plan
+from ds_lightning.cost.calibration import Calibration, num_checkpoints, validation_tokens, write_calibration
 from ds_lightning.cost.run_config import read_run
+from tests.cost.finished_run import CONFIGS, TOKENS, book, write_recorded_quickstart, write_run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-TOKENS = 122_880
 SECONDS = {"startup": 8.0, "data": 1.0, "train": 40.0, "validate": 5.0, "checkpoint": 0.5, "export": 0.1, "idle": 0.2}
-
-
-def write_run(folder: Path, *, tokens: int = TOKENS, heldout: int = 30_000, content: Any = None) -> Path:
-    """Write config, data manifest and report of a run; without a config, of tiny.yaml."""
-    if content is None:
-        content = yaml.safe_load((CONFIGS / "pretrain/tiny.yaml").read_text())
-        content["model"]["init_args"]["config"] = yaml.safe_load((CONFIGS / "model/tiny.yaml").read_text())
-    content["data"]["init_args"]["folder"] = str(folder / "data")
-    (folder / "data").mkdir(parents=True)
-    (folder / "data" / "manifest.json").write_text(json.dumps({"splits": {"val": {"tokens": heldout}}}))
-    (folder / "config.yaml").write_text(yaml.safe_dump(content))
-    (folder / "report.json").write_text(json.dumps({"stages": [{"tokens": tokens}]}))
-    return folder
-
-
-def book(folder: Path, seconds: dict[str, float]) -> None:
-    """Let the real ledger book a run on a clock that a test moves."""
-    now = 10**12
-    ledger = Ledger.open(
-        folder / "ledger.jsonl", find_price("cpu"), num_devices=1, clock=lambda: now, started_ns=now, background=False
-    )
-    for phase, time in seconds.items():
-        ledger.enter(phase)
-        now += round(time * 1e9)
-    ledger.close()
 
 
 @pytest.fixture
@@ -180,13 +154,32 @@ def test_a_budget_that_ends_before_the_first_token_is_refused(run_dir: Path, tmp
 
 def test_the_recorded_quickstart_is_planned(tmp_path: Path) -> None:
     """docs/results/quickstart.json, which its budget ended: tokens and dollars within a tenth."""
-    record = json.loads((CONFIGS.parent / "docs/results/quickstart.json").read_text())["stage"]
-    content = yaml.safe_load((CONFIGS / "pretrain/quickstart.yaml").read_text())
-    content["model"]["init_args"]["config"] = yaml.safe_load((CONFIGS / "model/quickstart.yaml").read_text())
-    content["trainer"]["precision"] = "bf16-mixed"
-    folder = write_run(tmp_path / "run", tokens=record["tokens"], heldout=288_755, content=content)
-    book(folder, {phase: row["seconds"] for phase, row in record["phases"].items()})
-    report = plan(folder / "config.yaml", calibration=calibrated(folder))
+    record = write_recorded_quickstart(tmp_path / "run")
+    report = plan(tmp_path / "run" / "config.yaml", calibration=calibrated(tmp_path / "run"))
     assert report["usd"] == pytest.approx(record["usd"], rel=0.1)
     assert report["tokens"] == pytest.approx(record["tokens"], rel=0.1)
-    assert report["device_hours"] == pytest.approx(0.115 - 4 / 3600, rel=1e-3)  # recorded before a budget was a total
+    assert report["device_hours"] == pytest.approx(0.13 - 4 / 3600, rel=1e-3)  # the budget but for its margin
+
+
+def test_a_run_that_recorded_its_peak_memory_plans_that_of_the_next(run_dir: Path, tmp_path: Path) -> None:
+    bare = plan(run_dir / "config.yaml")["memory_gb"]
+    assert plan(run_dir / "config.yaml", calibration=calibrated(run_dir))["memory_gb"]["base"] == 0.0
+    (run_dir / "report.json").write_text(json.dumps({"stages": [{"tokens": TOKENS, "peak_memory_gb": 0.75}]}))
+    memory = plan(run_dir / "config.yaml", calibration=calibrated(run_dir))["memory_gb"]
+    assert memory["total"] == pytest.approx(0.75)
+    assert memory["base"] == pytest.approx(0.75 - bare["total"])
+    overlay = tmp_path / "wider.yaml"
+    overlay.write_text("data: {init_args: {batch_size: 32}}")
+    wider = plan([run_dir / "config.yaml", overlay], calibration=calibrated(run_dir))["memory_gb"]
+    assert wider["base"] == pytest.approx(memory["base"])
+    assert wider["activations"] > 1.5 * memory["activations"]
+
+
+def test_a_finished_run_leaves_its_calibration_where_such_a_run_can_be_planned(run_dir: Path) -> None:
+    path = write_calibration(run_dir)
+    assert path == run_dir / "calibration.json"
+    assert Calibration.read(path) == Calibration(**calibration_from_run(run_dir))
+    content = yaml.safe_load((run_dir / "config.yaml").read_text())
+    del content["data"]["init_args"]["seq_len"]  # as of rollouts
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(content))
+    assert write_calibration(run_dir) is None

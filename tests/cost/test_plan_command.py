@@ -92,7 +92,8 @@ def test_calibrating_on_no_run_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_run_is_calibrated_and_planned_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.cost.test_calibration import SECONDS, book, write_run
+    from tests.cost.finished_run import book, write_run
+    from tests.cost.test_calibration import SECONDS
 
     folder, file = write_run(tmp_path / "run"), tmp_path / "cpu.json"
     book(folder, SECONDS)
