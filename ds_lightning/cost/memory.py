@@ -15,7 +15,7 @@ from ds_lightning.flops import param_count
 ALIGN = 64
 """Rows that an expert's part is rounded up to (``ops.experts``)."""
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 512
 """Rows of logits that exist at once (``ops.cross_entropy``)."""
 
 USABLE = 0.92

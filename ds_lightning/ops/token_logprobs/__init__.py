@@ -10,7 +10,7 @@ from ds_lightning.ops.token_logprobs import reference
 
 __all__ = ["reference", "token_logprobs"]
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 512
 
 
 def token_logprobs(
