@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup check lint types layers test format results build clean
+.PHONY: help setup check lint types layers test soak format results build clean
 BIN := .venv/bin
 
 help:  ## list the targets
@@ -20,8 +20,11 @@ types: setup  ## mypy, strict
 layers: setup  ## a module imports only from layers below it
 	$(BIN)/lint-imports
 
-test: setup  ## the tests, fast and slow
+test: setup  ## the tests, all but the soak
 	./scripts/test
+
+soak: setup  ## kills at random moments, minutes long
+	./scripts/test -m soak
 
 format: setup  ## rewrite the code in the one format
 	$(BIN)/ruff check --fix

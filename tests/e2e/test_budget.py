@@ -83,7 +83,7 @@ def _killed(run: Run, delay: float) -> Attempt | None:
     return Attempt(process.returncode, delay, out, err)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.soak)])
 def test_killed_again_and_again_all_attempts_together_cost_no_more(folder: Path, least: float, kills: int) -> None:
     draw = random.Random(kills)
     seconds = 3 * least if kills == 3 else 10 * least  # so that the money is gone before the kills are
