@@ -9,6 +9,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -31,8 +32,8 @@ HELP = """usage: ds-lightning COMMAND [options]
   data       prepare a corpus: ds-lightning data prepare --sources '["docs/*.md"]' --folder data/docs
   export     a run or checkpoint to Hugging Face layout: ds-lightning export RUN_DIR OUT_DIR
   import     a Hugging Face folder, checked and converted: ds-lightning import HF_DIR OUT_DIR
-  generate   text from a model: ds-lightning generate --model HF_DIR --prompt 'Once upon a time'
-  bench      measure against a peer: ds-lightning bench generate
+  generate   text from a model: ds-lightning generate --model HF_DIR --prompt 'Once upon a time', or --chat
+  bench      measure against a peer: ds-lightning bench generate, or bench grpo
   ledger     verify what a run has cost, and add it up: ds-lightning ledger RUN_DIR
   plan       what a run will need and cost: ds-lightning plan --config FILE --device h100 --num_devices 8
   calibrate  write what a run measured of its device, for plan --calibration: ds-lightning calibrate RUN_DIR FILE
@@ -215,20 +216,24 @@ def _generate(argv: list[str]) -> int:
 def _bench(argv: list[str]) -> int:
     from rich.console import Console
 
-    from ds_lightning.bench.generate import bench_generate, bench_table
+    from ds_lightning.bench.generate import bench_generate, generate_table
+    from ds_lightning.bench.grpo import bench_grpo, grpo_table
 
-    if not argv or argv[0] != "generate":
-        return _complain(f"bench: no measurement {argv[0] if argv else ''!r}, expected 'generate'")
-    parser = _parser("bench generate")
-    parser.add_function_arguments(bench_generate)
+    measurements = {"generate": (bench_generate, generate_table), "grpo": (bench_grpo, grpo_table)}
+    if not argv or argv[0] not in measurements:
+        return _complain(f"bench: no measurement {argv[0] if argv else ''!r}, expected 'generate' or 'grpo'")
+    measure, table = measurements[argv[0]]
+    parser = _parser(f"bench {argv[0]}")
+    parser.add_function_arguments(measure)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = _parse(parser, argv[1:]).as_dict()
     as_json = options.pop("json")
-    figures = bench_generate(**options)
+    with redirect_stdout(sys.stderr):  # libraries of peers write what they please
+        figures = measure(**options)
     if as_json:
         print(json.dumps(figures, indent=1))
     else:
-        Console().print(bench_table(figures))
+        Console().print(table(figures))
     return DONE
 
 
