@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -200,13 +201,25 @@ def _import(argv: list[str]) -> int:
 
 
 def _generate(argv: list[str]) -> int:
+    from ds_lightning.chat_cli import chat
     from ds_lightning.generate_cli import generate
 
     parser = _parser("generate")
-    parser.add_function_arguments(generate, skip={"stream"})
+    parser.add_function_arguments(generate, skip={"stream", "prompt"})
+    parser.add_argument("--prompt", type=str, help="text to continue; with chat: the first message")
+    parser.add_argument("--chat", action="store_true", help="converse, until the input ends or says exit")
     parser.add_argument("--json", action="store_true", help="print text, tokens and log-probabilities as JSON")
     options = _parse(parser, argv).as_dict()
-    as_json = options.pop("json")
+    as_json, converse = options.pop("json"), options.pop("chat")
+    if converse:
+        n = options.pop("n")
+        if as_json or n != 1:
+            found = "--json with --chat, expected one of them" if as_json else f"n is {n} with --chat, expected 1"
+            return _complain(f"generate: {found}")
+        chat(**options)
+        return DONE
+    if options["prompt"] is None:
+        return _complain("generate: neither prompt nor chat, expected --prompt TEXT or --chat")
     samples = generate(**options, stream=not as_json)
     if as_json:
         print(json.dumps(samples, indent=1))
@@ -219,7 +232,10 @@ def _bench(argv: list[str]) -> int:
     from ds_lightning.bench.generate import bench_generate, generate_table
     from ds_lightning.bench.grpo import bench_grpo, grpo_table
 
-    measurements = {"generate": (bench_generate, generate_table), "grpo": (bench_grpo, grpo_table)}
+    measurements: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
+        "generate": (bench_generate, generate_table),
+        "grpo": (bench_grpo, grpo_table),
+    }
     if not argv or argv[0] not in measurements:
         return _complain(f"bench: no measurement {argv[0] if argv else ''!r}, expected 'generate' or 'grpo'")
     measure, table = measurements[argv[0]]
