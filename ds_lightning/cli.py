@@ -9,7 +9,9 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -31,8 +33,8 @@ HELP = """usage: ds-lightning COMMAND [options]
   data       prepare a corpus: ds-lightning data prepare --sources '["docs/*.md"]' --folder data/docs
   export     a run or checkpoint to Hugging Face layout: ds-lightning export RUN_DIR OUT_DIR
   import     a Hugging Face folder, checked and converted: ds-lightning import HF_DIR OUT_DIR
-  generate   text from a model: ds-lightning generate --model HF_DIR --prompt 'Once upon a time'
-  bench      measure against a peer: ds-lightning bench generate
+  generate   text from a model: ds-lightning generate --model HF_DIR --prompt 'Once upon a time', or --chat
+  bench      measure against a peer: ds-lightning bench generate, or bench grpo
   ledger     verify what a run has cost, and add it up: ds-lightning ledger RUN_DIR
   report     a page to show around, of a run or of many: ds-lightning report RUN_DIR [RUN_DIR ...]
   plan       what a run will need and cost: ds-lightning plan --config FILE --device h100 --num_devices 8
@@ -201,13 +203,25 @@ def _import(argv: list[str]) -> int:
 
 
 def _generate(argv: list[str]) -> int:
+    from ds_lightning.chat_cli import chat
     from ds_lightning.generate_cli import generate
 
     parser = _parser("generate")
-    parser.add_function_arguments(generate, skip={"stream"})
+    parser.add_function_arguments(generate, skip={"stream", "prompt"})
+    parser.add_argument("--prompt", type=str, help="text to continue; with chat: the first message")
+    parser.add_argument("--chat", action="store_true", help="converse, until the input ends or says exit")
     parser.add_argument("--json", action="store_true", help="print text, tokens and log-probabilities as JSON")
     options = _parse(parser, argv).as_dict()
-    as_json = options.pop("json")
+    as_json, converse = options.pop("json"), options.pop("chat")
+    if converse:
+        n = options.pop("n")
+        if as_json or n != 1:
+            found = "--json with --chat, expected one of them" if as_json else f"n is {n} with --chat, expected 1"
+            return _complain(f"generate: {found}")
+        chat(**options)
+        return DONE
+    if options["prompt"] is None:
+        return _complain("generate: neither prompt nor chat, expected --prompt TEXT or --chat")
     samples = generate(**options, stream=not as_json)
     if as_json:
         print(json.dumps(samples, indent=1))
@@ -217,20 +231,27 @@ def _generate(argv: list[str]) -> int:
 def _bench(argv: list[str]) -> int:
     from rich.console import Console
 
-    from ds_lightning.bench.generate import bench_generate, bench_table
+    from ds_lightning.bench.generate import bench_generate, generate_table
+    from ds_lightning.bench.grpo import bench_grpo, grpo_table
 
-    if not argv or argv[0] != "generate":
-        return _complain(f"bench: no measurement {argv[0] if argv else ''!r}, expected 'generate'")
-    parser = _parser("bench generate")
-    parser.add_function_arguments(bench_generate)
+    measurements: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
+        "generate": (bench_generate, generate_table),
+        "grpo": (bench_grpo, grpo_table),
+    }
+    if not argv or argv[0] not in measurements:
+        return _complain(f"bench: no measurement {argv[0] if argv else ''!r}, expected 'generate' or 'grpo'")
+    measure, table = measurements[argv[0]]
+    parser = _parser(f"bench {argv[0]}")
+    parser.add_function_arguments(measure)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = _parse(parser, argv[1:]).as_dict()
     as_json = options.pop("json")
-    figures = bench_generate(**options)
+    with redirect_stdout(sys.stderr):  # libraries of peers write what they please
+        figures = measure(**options)
     if as_json:
         print(json.dumps(figures, indent=1))
     else:
-        Console().print(bench_table(figures))
+        Console().print(table(figures))
     return DONE
 
 

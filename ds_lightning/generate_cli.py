@@ -1,6 +1,7 @@
 """``ds-lightning generate``: text from a folder in Hugging Face layout, shown as it comes."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def generate(
         raise ValueError(
             f"prompt has {len(ids)} tokens, expected 1 to {context - 1} (max_position_embeddings {context} of {model})"
         )
-    show = _Terminal(tokenizer) if stream and n == 1 else None
+    show = Terminal(tokenizer) if stream and n == 1 else None
     try:
         samples = Generator(network).generate(
             [ids],
@@ -74,7 +75,7 @@ def generate(
     figures = [_figures(tokenizer, sample) for sample in samples]
     if stream and n > 1:
         for number, sample in enumerate(figures, start=1):
-            print(f"--- {number} of {n}, {sample['finish_reason']}\n{sample['text']}")
+            write(f"--- {number} of {n}, {sample['finish_reason']}\n{sample['text']}\n")
     return figures
 
 
@@ -111,27 +112,67 @@ def _figures(tokenizer: Tokenizer, sample: Sample) -> dict[str, Any]:
     }
 
 
-class _Terminal:
-    """Writes one sample's text as far as its bytes make whole characters."""
+class Terminal:
+    """Writes one sample's text as far as its bytes make whole characters.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        tokenizer: Decodes the tokens.
+        hidden: Tokens that are not written, the one that ends an answer for example.
+        special: Write the tags that structure a text too.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, hidden: Sequence[int] = (), special: bool = False) -> None:
         self.tokenizer = tokenizer
-        self.stream = DecodeStream(skip_special_tokens=True)
+        self.hidden = frozenset(hidden)
+        self.special = special
+        self.stream = DecodeStream(skip_special_tokens=not special)
         self.tokens: list[int] = []
         self.written = ""
 
     def __call__(self, samples: list[int], tokens: list[int]) -> None:
-        self.tokens += tokens
+        """Take the tokens of a step."""
         for token in tokens:
-            self._write(self.stream.step(self.tokenizer, token) or "")
+            if token not in self.hidden:
+                self.tokens.append(token)
+                self._write(self.stream.step(self.tokenizer, token) or "")
+
+    @property
+    def text(self) -> str:
+        """All that came, written or not yet."""
+        decoded: str = self.tokenizer.decode(self.tokens, skip_special_tokens=not self.special)
+        return decoded
 
     def end(self) -> None:
         """Write what is left, half a character perhaps, and a line end; nothing, if nothing came."""
         if self.tokens:
-            text = self.tokenizer.decode(self.tokens)
-            self._write(text[len(self.written) :] + "\n")
+            self._write(self.text[len(self.written) :] + "\n")
 
     def _write(self, text: str) -> None:
         self.written += text
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        write(text)
+
+
+def write(text: str) -> None:
+    """Write a model's text: to a terminal without what could control it, as far as its encoding goes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = harmless(text) if sys.stdout.isatty() else text
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
+
+
+def harmless(text: str) -> str:
+    """Return a text in which characters that a terminal obeys are symbols.
+
+    A model may write sequences that move the cursor, set the title, fill the clipboard, or turn the direction of
+    writing, and so hide what it says. Line ends and tabs stay.
+    """
+    return text.translate(_SYMBOLS)
+
+
+_SYMBOLS = {
+    **{
+        code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"
+    },  # the picture of each, U+241B for escape
+    0x7F: 0x2421,
+    **dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD),
+}

@@ -1,6 +1,9 @@
 """Oracles: the generator by itself on the same folder; the tokenizer's decoding of all tokens at once."""
 
+import io
 import json
+import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -43,13 +46,13 @@ def command(folder: Path, *more: str) -> list[str]:
 def test_text_comes_token_by_token_and_is_whole_at_the_end(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pieces, write = list[str](), generate_cli._Terminal._write
+    pieces, write = list[str](), generate_cli.Terminal._write
 
-    def note(terminal: generate_cli._Terminal, text: str) -> None:
+    def note(terminal: generate_cli.Terminal, text: str) -> None:
         pieces.append(text)
         write(terminal, text)
 
-    monkeypatch.setattr(generate_cli._Terminal, "_write", note)
+    monkeypatch.setattr(generate_cli.Terminal, "_write", note)
     assert main(command(folder, "--max_new_tokens", "40")) == 0
     (tokens,) = expected(folder, 1, 40)
     text = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(tokens)
@@ -61,7 +64,7 @@ def test_a_character_of_several_tokens_is_written_when_it_is_whole(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    show = generate_cli._Terminal(tokenizer)
+    show = generate_cli.Terminal(tokenizer)
     ids = tokenizer.encode("x\u20acy").ids
     assert len(ids) == 5, "the euro sign is meant to be three tokens"
     seen = []
@@ -111,15 +114,44 @@ def test_the_end_of_text_is_that_of_the_folder_or_of_the_tokenizer(folder: Path,
 def test_an_interrupt_ends_the_line_and_the_command(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(terminal: generate_cli._Terminal, samples: list[int], tokens: list[int]) -> None:
+    def interrupt(terminal: generate_cli.Terminal, samples: list[int], tokens: list[int]) -> None:
         terminal.tokens += terminal.tokenizer.encode("x").ids
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate_cli._Terminal, "__call__", interrupt)
+    monkeypatch.setattr(generate_cli.Terminal, "__call__", interrupt)
     assert main(command(folder)) == 1
     captured = capsys.readouterr()
     assert captured.out == "x\n"
     assert captured.err == "ds-lightning: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("hostile", "shown"),
+    [
+        ("\x1b]0;title\x07", "\u241b]0;title\u2407"),
+        ("\x1b[2J", "\u241b[2J"),
+        ("right\rwrong\x08", "right\u240dwrong\u2408"),
+        ("\x9b1m\x7f\x00", "\ufffd1m\u2421\u2400"),
+        ("\u202etxet\u2066", "\ufffdtxet\ufffd"),
+        ("a\tb\n\u20ac", "a\tb\n\u20ac"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_a_symbol_there_and_itself_in_a_file(
+    hostile: str, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate_cli.write(hostile)
+    assert capsys.readouterr().out == hostile
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    generate_cli.write(hostile)
+    assert capsys.readouterr().out == shown
+    assert not any(unicodedata.category(one) in ("Cc", "Cf") for one in shown if one not in "\n\t")
+
+
+def test_what_the_encoding_lacks_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    generate_cli.write("5 \u20ac")
+    assert raw.getvalue() == b"5 \\u20ac"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +160,9 @@ def test_an_interrupt_ends_the_line_and_the_command(
         (["--model", "nowhere", "--prompt", "x"], "model is 'nowhere', expected a folder in Hugging Face layout"),
         (["--model", ".", "--prompt", "x"], "tokenizer.json: No such file or directory"),
         (["--prompt", "x"], "model: missing"),
+        (["--model", "MODEL"], "generate: neither prompt nor chat, expected --prompt TEXT or --chat"),
+        (["--model", "MODEL", "--chat", "--json"], "generate: --json with --chat, expected one of them"),
+        (["--model", "MODEL", "--chat", "--n", "2"], "generate: n is 2 with --chat, expected 1"),
         (["--model", "MODEL", "--prompt", ""], "prompt has 0 tokens, expected 1 to 95 (max_position_embeddings 96 of "),
         (["--model", "MODEL", "--prompt", "z" * 96], "prompt has 96 tokens, expected 1 to 95"),
         (["--model", "MODEL", "--prompt", "z" * 90, "--max_new_tokens", "9"], "is more than max_position_embeddings"),

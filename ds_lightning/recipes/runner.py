@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 from rich.console import Console
 
 from ds_lightning.cost import Ledger, find_price
-from ds_lightning.cost.heartbeat import process_start_ns
+from ds_lightning.cost.heartbeat import Heartbeat, process_start_ns, read_heartbeat
 from ds_lightning.cost.ledger_report import LEDGER_NAME, ledger_report
 from ds_lightning.cost.run_config import first_difference, merged, read_yaml
 from ds_lightning.recipes.recipe import RECIPE, Recipe, Stage, read_recipe
@@ -31,6 +32,10 @@ DONE, FAILED, STOPPED = 0, 1, 3
 
 COMMAND = (sys.executable, "-m", "ds_lightning")
 
+STARTING = ".starting.heartbeat"
+"""Name of the note that a runner keeps of a stage's process that has not begun to book."""
+
+_NOTE_SECONDS = 0.05
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
@@ -82,7 +87,8 @@ class _Runner:
 
     The runner's own time is booked in attempts between the processes of stages. Each attempt begins where the bookings
     before it end, those of the stage included, so that together they are the wall-clock: what a process could not
-    book of its own end is the runner's.
+    book of its own end is the runner's. The start of a process, imports above all, is the process's own as soon as its
+    ledger is open; where it is killed with the runner before that, the next runner books it from the note on it.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, command: Sequence[str], lock: int, started_ns: int) -> None:
@@ -90,7 +96,7 @@ class _Runner:
         self.folder = folder
         self.command = list(command)
         self.lock = lock
-        self.booked_ns = started_ns
+        self.booked_ns = started_ns - _unbooked(folder)
         self.ledger: Ledger | None = None
         self.child: subprocess.Popen[bytes] | None = None
         self.asked: int | None = None
@@ -164,10 +170,26 @@ class _Runner:
             )
         if self.asked is not None:
             self.child.send_signal(self.asked)
-        status = self.child.wait()
+        status = self._wait(self.child, ledger)
         self.child = None
         self.booked_ns += _booked(ledger) - before
         return status
+
+    def _wait(self, child: subprocess.Popen[bytes], stage: Path) -> int:
+        """Return the exit status of a process; until it books its own time, keep a note of how long it has run."""
+        size = _size(stage)
+        note = Heartbeat(self.folder / STARTING)
+        try:
+            while _size(stage) == size:
+                unbooked = time.monotonic_ns() - self.booked_ns
+                note.write({"stage": stage.name, "size": size, "nanoseconds": unbooked})
+                try:
+                    return child.wait(_NOTE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            note.close(remove=True)
+        return child.wait()
 
     def _overlay(self, stage: Stage) -> dict[str, Any]:
         """Return what the runner adds to a stage's configs."""
@@ -217,6 +239,7 @@ class _Runner:
             self.ledger = Ledger.open(
                 self.folder / LEDGER_NAME, self.price, num_devices=stage.devices, started_ns=self.booked_ns
             )
+            (self.folder / STARTING).unlink(missing_ok=True)  # what it said is booked now
 
     def _close(self) -> None:
         if self.ledger is not None:
@@ -294,6 +317,21 @@ def _end_with_parent() -> Callable[[], None] | None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return ask
+
+
+def _unbooked(folder: Path) -> int:
+    """Return the nanoseconds of a stage's process that was killed, and its runner with it, before it booked any."""
+    note = read_heartbeat(folder / STARTING)
+    if note is None or _size(folder / note["stage"]) != note["size"]:
+        return 0
+    nanoseconds: int = note["nanoseconds"]
+    return nanoseconds
+
+
+def _size(stage: Path) -> int:
+    """Return the bytes of a stage's ledger, which grow when a process opens it."""
+    path = stage / LEDGER_NAME
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _booked(folder: Path) -> int:

@@ -125,6 +125,20 @@ def test_a_recipe_that_was_killed_goes_on(tmp_path: Path, fake: str) -> None:
     assert ledger_report(tmp_path / "out")["chain"] == "ok"
 
 
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_what_a_stage_took_before_its_ledger_was_open_is_booked_after_a_kill(tmp_path: Path, stage: str) -> None:
+    write(tmp_path)
+    seconds = []
+    for fake, status in ((f"{stage} early", -signal.SIGKILL), (f"{stage} early", -signal.SIGKILL), (None, 0)):
+        began = time.monotonic()
+        finish(tmp_path, fake=fake, status=status)
+        seconds.append(time.monotonic() - began)
+    ledger = ledger_report(tmp_path / "out")
+    assert ledger["chain"] == "ok"
+    assert ledger["wall_seconds"] == pytest.approx(sum(seconds), abs=0.3 + 0.02 * sum(seconds))
+    assert ledger["wall_seconds"] < sum(seconds), "no second is booked twice"
+
+
 def test_a_budget_is_split_over_the_stages_and_what_is_left_goes_on(tmp_path: Path) -> None:
     names = [stage["name"] for stage in STAGES]
     write(tmp_path, budget={"usd": 1.0, "shares": dict.fromkeys(names, 1)})
