@@ -26,7 +26,7 @@ from ds_lightning.rl.tasks import ReasoningGymTask
 from tests.callbacks.toy_run import differences
 from tests.e2e.command import start
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 STAGES = ["base", "zero", "cold_start", "rl_1", "sft", "rl_2"]
