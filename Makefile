@@ -23,7 +23,7 @@ layers: setup  ## a module imports only from layers below it
 test: setup  ## the tests, all but the soak
 	./scripts/test
 
-soak: setup  ## kills at random moments, minutes long
+soak: setup  ## kills at random moments, budgets of several sizes
 	./scripts/test -m soak
 
 format: setup  ## rewrite the code in the one format

@@ -45,7 +45,7 @@ def _settings(seconds: float, **overrides: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [9, 14, 22])
+@pytest.mark.parametrize("more", [9, *(pytest.param(more, marks=pytest.mark.soak) for more in (14, 22))])
 def test_a_run_ends_just_below_its_budget_with_all_that_a_run_ends_with(
     folder: Path, least: float, more: float
 ) -> None:
@@ -83,11 +83,12 @@ def _killed(run: Run, delay: float) -> Attempt | None:
     return Attempt(process.returncode, delay, out, err)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.soak)])
-def test_killed_again_and_again_all_attempts_together_cost_no_more(folder: Path, least: float, kills: int) -> None:
+@pytest.mark.soak
+def test_killed_twenty_times_all_attempts_together_cost_no_more(folder: Path, least: float) -> None:
+    kills = 20
     draw = random.Random(kills)
-    seconds = 3 * least if kills == 3 else 10 * least  # so that the money is gone before the kills are
-    run = Run(folder, _settings(seconds, checkpoints__every_n_steps=10), f"killed-{kills}")
+    seconds = 10 * least  # so that the money is gone before the kills are
+    run = Run(folder, _settings(seconds, checkpoints__every_n_steps=10), "killed")
     spent = 0.0
     for _ in range(kills):
         ended = _killed(run, draw.uniform(0.4 * least, 1.5 * least))
