@@ -229,8 +229,6 @@ def _generate(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    from rich.console import Console
-
     from ds_lightning.bench.generate import bench_generate, generate_table
     from ds_lightning.bench.grpo import bench_grpo, grpo_table
 
@@ -248,6 +246,13 @@ def _bench(argv: list[str]) -> int:
     as_json = options.pop("json")
     with redirect_stdout(sys.stderr):  # libraries of peers write what they please
         figures = measure(**options)
+    return _show(figures, table, as_json=as_json)
+
+
+def _show(figures: Any, table: Callable[[Any], Any], *, as_json: bool) -> int:
+    """Print figures for a program or for people."""
+    from rich.console import Console
+
     if as_json:
         print(json.dumps(figures, indent=1))
     else:
@@ -256,8 +261,6 @@ def _bench(argv: list[str]) -> int:
 
 
 def _ledger(argv: list[str]) -> int:
-    from rich.console import Console
-
     from ds_lightning.cost.ledger_report import ledger_report, ledger_table
 
     parser = _parser("ledger")
@@ -265,11 +268,7 @@ def _ledger(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the sums as JSON")
     options = _parse(parser, argv)
     report = ledger_report(options.run_dir)
-    if options.json:
-        print(json.dumps(report, indent=1))
-    else:
-        Console().print(ledger_table(report))
-    return DONE
+    return _show(report, ledger_table, as_json=options.json)
 
 
 def _report(argv: list[str]) -> int:
@@ -294,8 +293,6 @@ def _report(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    from rich.console import Console
-
     from ds_lightning.cost import plan, plan_budget
     from ds_lightning.cost.plan_table import plan_table
 
@@ -319,11 +316,7 @@ def _plan(argv: list[str]) -> int:
         if "device" not in given:
             return _complain("plan: budget_usd without a device, expected --device NAME, such as h200")
         report = plan_budget(budget, **given)
-    if as_json:
-        print(json.dumps(report, indent=1))
-    else:
-        Console().print(plan_table(report))
-    return DONE
+    return _show(report, plan_table, as_json=as_json)
 
 
 def _calibrate(argv: list[str]) -> int:
@@ -340,8 +333,6 @@ def _calibrate(argv: list[str]) -> int:
 
 
 def _audit(argv: list[str]) -> int:
-    from rich.console import Console
-
     from ds_lightning.cost import audit, audit_tables
 
     parser = _parser("audit")
@@ -349,8 +340,4 @@ def _audit(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = _parse(parser, argv)
     report = audit(options.claim)
-    if options.json:
-        print(json.dumps(report, indent=1))
-    else:
-        Console().print(audit_tables(report))
-    return DONE
+    return _show(report, audit_tables, as_json=options.json)

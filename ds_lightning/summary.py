@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_lightning.cost.ledger_report import ledger_report, ledger_table
+from ds_lightning.whole_file import write_whole
 
 REPORT = "report.json"
 
@@ -34,10 +35,7 @@ def write_report(run_dir: Path, figures: dict[str, Any]) -> dict[str, Any]:
         "phases": phases,
     }
     report = {"stages": [stage], "ledger": ledger}
-    path = run_dir / REPORT
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(run_dir / REPORT, json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -71,7 +71,7 @@ def test_a_damaged_report_is_refused(run: Path) -> None:
 def test_a_full_disk_leaves_the_earlier_report(run: Path) -> None:
     write_report(run, FIGURES)
     before = (run / "report.json").read_bytes()
-    (run / "report.tmp").symlink_to("/dev/full")
+    (run / "report.json.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         write_report(run, FIGURES)
     assert (run / "report.json").read_bytes() == before

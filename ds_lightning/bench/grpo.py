@@ -5,6 +5,7 @@ import random
 import tempfile
 import time
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-class _Side:
+class _Side(ABC):
     """One side: trains from the same weights again and again, and counts what it trained on."""
 
     def __init__(self, folder: Path, texts: _Digits, settings: dict[str, int]) -> None:
@@ -141,9 +142,9 @@ class _Side:
         assert len(self.ends) == self.settings["steps"] + 1
         return self.ends[-1] - self.ends[0]
 
+    @abstractmethod
     def run(self) -> None:
         """Train, and note the end of every step."""
-        raise NotImplementedError
 
     def count(self, samples: int, tokens: int) -> None:
         """Note what was trained on."""

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ds_lightning.cost.ledger import FLUSH_SECONDS
-from ds_lightning.cost.records import Totals, iter_ledger
+from ds_lightning.cost.records import GRADIENT_PHASES, Totals, iter_ledger
 
 MARGIN = 0.005
 """Share of a budget that a run aims to leave: half of the percent within which it ends."""
 
 MARGIN_SECONDS = FLUSH_SECONDS / 2
 """The same for budgets so small that the ledger's own resolution is more than a percent of them."""
-
-_WORKING = ("data", "train", "rollout", "reward", "logprob")
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ class Mark:
     def of(cls, totals: Totals) -> Mark:
         """Read the sums of a ledger."""
         seconds = totals.seconds
-        working = sum(seconds.get(phase, 0.0) for phase in _WORKING)
+        working = sum(seconds.get(phase, 0.0) for phase in GRADIENT_PHASES)
         return cls(working, seconds.get("validate", 0.0), seconds.get("checkpoint", 0.0))
 
 

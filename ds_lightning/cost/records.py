@@ -29,7 +29,10 @@ PHASES = (
 )
 """What a device-second can be spent on; ``lost`` is work that had to be done again."""
 
-REDONE = ("data", "train", "rollout", "reward", "logprob", "validate")
+GRADIENT_PHASES = ("data", "train", "rollout", "reward", "logprob")
+"""Phases whose work ends in a step of the optimizer."""
+
+REDONE = (*GRADIENT_PHASES, "validate")
 """Phases whose seconds become ``lost`` when a run goes back to a checkpoint, since their work is done again.
 
 Not ``checkpoint``: writing the very checkpoint that a run goes back to ends after its state was taken.

@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_lightning.cost.planner import Terms, plan_run
 from ds_lightning.cost.run_config import lacks, run_of
+from ds_lightning.whole_file import write_whole
 
 PLAN = "plan.json"
 """Name of the plan in a run folder."""
@@ -58,9 +59,7 @@ def store_plan(
                 raise
             stored["reason"] = str(error)  # a run that nobody can plan still runs, and its report says why
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = (folder / PLAN).with_suffix(".tmp")
-    temporary.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / PLAN)
+    write_whole(folder / PLAN, json.dumps(stored, indent=1) + "\n")
     return stored
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from ds_lightning.rl.rollouts import score
 from ds_lightning.rl.sandbox import Limits
 from ds_lightning.rl.tasks import Problem, Task
 from ds_lightning.user_errors import one_line, writing
+from ds_lightning.whole_file import write_whole
 
 SAMPLES = "samples.jsonl"
 """The answers that were kept, one JSON object a line; there is no such file before all is done."""
@@ -132,7 +132,7 @@ class Rejection:
                         return None
                     record = self._sample(number, prompter, generator, scorer, ledger)
                     with ledger.phase("export"):
-                        _publish(self._chunk(number), json.dumps(record, ensure_ascii=False) + "\n")
+                        write_whole(self._chunk(number), json.dumps(record, ensure_ascii=False) + "\n")
                     done = min((number + 1) * self.chunk, self.problems)
                     print(
                         f"sampling  {done:,} of {self.problems:,} problems, {record['reached']:,} of "
@@ -200,8 +200,8 @@ class Rejection:
                 "sample more, train longer, or lower keep"
             )
         summary = {"problems": self.problems, "answers": answers, "reached": reached, "kept": len(lines)}
-        _publish(self.folder / SUMMARY, json.dumps(summary) + "\n")
-        _publish(result, "\n".join(lines) + "\n")
+        write_whole(self.folder / SUMMARY, json.dumps(summary) + "\n")
+        write_whole(result, "\n".join(lines) + "\n")
 
     def _chunk(self, number: int) -> Path:
         return self.folder / f"chunk-{number:05d}.json"
@@ -258,7 +258,7 @@ def _claim(folder: Path, options: dict[str, Any]) -> None:
                 f"{folder} was sampled with other settings: {difference}; delete it or give another folder"
             )
     else:
-        _publish(path, json.dumps(settings, indent=1) + "\n")
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 
 @contextmanager
@@ -276,13 +276,3 @@ def _listening(job: Rejection) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _publish(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -27,6 +27,7 @@ from ds_lightning.recipes.table import recipe_table, write_recipe_report
 from ds_lightning.report import PAGE, check_ours, write_run_page
 from ds_lightning.summary import REPORT
 from ds_lightning.user_errors import writing
+from ds_lightning.whole_file import write_whole
 
 DONE, FAILED, STOPPED = 0, 1, 3
 
@@ -133,9 +134,9 @@ class _Runner:
         jobs: list[list[str]] = []
         if stage.sample is not None:
             settings = self.folder / f"{stage.name}.sample.yaml"
-            _write_yaml(settings, self._sampling(stage))
+            write_whole(settings, yaml.safe_dump(self._sampling(stage), sort_keys=False))
             jobs.append(["sample", "--config", str(settings)])
-        _write_yaml(overlay, self._overlay(stage))
+        write_whole(overlay, yaml.safe_dump(self._overlay(stage), sort_keys=False))
         configs = [part for file in (*stage.files, overlay) for part in ("--config", str(file))]
         jobs.append(["fit", *configs, "--out", str(self.folder / stage.name)])
         for job in jobs:
@@ -282,7 +283,7 @@ def _claim(recipe: Recipe, folder: Path) -> None:
                     f"{recipe.path} was changed after its stage {name} ran in {folder}: {difference}; "
                     "take that back or give another --out"
                 )
-    _write_yaml(path, settings)
+    write_whole(path, yaml.safe_dump(settings, sort_keys=False))
 
 
 @contextmanager
@@ -346,9 +347,3 @@ def _booked_alone(folder: Path) -> int:
     report = ledger_report(folder)
     seconds: float = report.get("between", report)["wall_seconds"]
     return round(seconds * 1e9)
-
-
-def _write_yaml(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    temporary.replace(path)

@@ -11,6 +11,7 @@ from rich.table import Table
 from ds_lightning.cost.ledger_report import LEDGER_NAME, figure, ledger_report
 from ds_lightning.recipes.recipe import Recipe
 from ds_lightning.summary import REPORT, read_report
+from ds_lightning.whole_file import write_whole
 
 SAMPLED = Path("samples") / "summary.json"
 """What rejection sampling says of itself, in the folder of a stage."""
@@ -45,10 +46,7 @@ def write_recipe_report(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
         row |= {key: spent[key] for key in ("usd", "device_hours", "wall_seconds", "phases")}
         rows.append({**row, "name": stage.name, "what": stage.what, "finished": (folder / REPORT).is_file()})
     report = {"recipe": str(recipe.path), "seed": recipe.seed, "stages": rows, "ledger": ledger}
-    path = run_dir / REPORT
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(run_dir / REPORT, json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -8,6 +8,7 @@ from ds_lightning.report import sections
 from ds_lightning.report.graphs import graphs
 from ds_lightning.report.run_data import RunData
 from ds_lightning.report.text import safe
+from ds_lightning.whole_file import write_whole
 
 MARK = '<meta name="generator" content="ds-lightning report">'
 """How a page is known to be ours."""
@@ -56,10 +57,7 @@ def write_page(path: Path, page: str) -> Path:
         OSError: If it cannot be written; an earlier page is then as it was.
     """
     check_ours(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return write_whole(path, page)
 
 
 def check_ours(path: Path) -> None:

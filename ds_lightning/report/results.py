@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_lightning.cost.records import GRADIENT_PHASES
 from ds_lightning.report.run_data import RunData, StageData
-
-GRADIENT_PHASES = ("data", "train", "rollout", "reward", "logprob")
-"""Phases whose work ends in a step of the optimizer."""
 
 NO_GRADIENT = {
     "startup": "start-up",

@@ -15,7 +15,7 @@ from ds_lightning.report.results import (
     result_of,
     without_gradient,
 )
-from ds_lightning.report.run_data import RunData, StageData
+from ds_lightning.report.run_data import CONFIG, RECIPE, RunData, StageData
 from ds_lightning.report.text import clock, column, hours, percent, ratio, safe, significant, usd
 
 DASH = "\u2013"
@@ -251,7 +251,7 @@ def config(run: RunData) -> str:
     """Return the resolved config."""
     if not run.config:
         return ""
-    name = "recipe.yaml" if run.recipe else "config.yaml"
+    name = RECIPE if run.recipe else CONFIG
     return _section("Config", f"<details><summary>{name}</summary><pre>{safe(run.config)}</pre></details>")
 
 

@@ -141,8 +141,9 @@ def _by_places(total: int, term: int, sign: str) -> list[str]:
     """Return the steps of one addition: hundreds, tens and units by themselves, then their sums together."""
     places = [10**power for power in reversed(range(len(str(max(abs(total), abs(term))))))]
     left, right = (_digits(number, places) for number in (total, term))
-    steps = [f"{a} {sign} {abs(b)} = {a + b}" for a, b in zip(left, right, strict=True)]
-    found, *others = (a + b for a, b in zip(left, right, strict=True))
+    sums = [a + b for a, b in zip(left, right, strict=True)]
+    steps = [f"{a} {sign} {abs(b)} = {c}" for a, b, c in zip(left, right, sums, strict=True)]
+    found, *others = sums
     for other in others:
         steps.append(f"{found} {'-' if other < 0 else '+'} {abs(other)} = {found + other}")
         found += other

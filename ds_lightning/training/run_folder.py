@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from ds_lightning.cost.run_config import first_difference
+from ds_lightning.whole_file import write_whole
 
 CONFIG = "config.yaml"
 
@@ -54,9 +55,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
         OSError: If it cannot be written; an earlier config is then as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = (folder / CONFIG).with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    temporary.replace(folder / CONFIG)
+    write_whole(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
 
 
 def read_config(path: Path) -> dict[str, Any]:

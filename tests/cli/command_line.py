@@ -1,6 +1,5 @@
 """The command in this process on a small workplace: what it says, and that a refusal changes no file."""
 
-import copy
 import hashlib
 import re
 from dataclasses import dataclass
@@ -30,20 +29,12 @@ class Said:
 
 def settings(**overrides: Any) -> dict[str, Any]:
     """Return a run of ``STEPS`` steps; overrides by dotted key with ``__`` for the dots."""
-    values: dict[str, Any] = copy.deepcopy(
-        config(
-            model__init_args={"config": MODEL, "total_tokens": TOKENS, "lr": 4e-3},
-            trainer={"accelerator": "cpu", "devices": 1, "val_check_interval": STEPS, "log_every_n_steps": 1},
-            samples__every_n_steps=100,
-        )
-    )
-    for key, value in overrides.items():
-        *sections, last = key.split("__")
-        at = values
-        for section in sections:
-            at = at.setdefault(section, {})
-        at[last] = value
-    return values
+    short: dict[str, Any] = {
+        "model__init_args": {"config": dict(MODEL), "total_tokens": TOKENS, "lr": 4e-3},
+        "trainer": {"accelerator": "cpu", "devices": 1, "val_check_interval": STEPS, "log_every_n_steps": 1},
+        "samples__every_n_steps": 100,
+    }
+    return config(**short | overrides)
 
 
 def write_settings(path: Path, **overrides: Any) -> Path:

@@ -48,7 +48,7 @@ def test_exporting_leaves_the_earlier_export(source: list[str], own: CommandLine
 def test_the_config_of_a_run_stays(own: CommandLine) -> None:
     shutil.rmtree("run/checkpoints")
     before = hashes(Path("run"))
-    Path("run/config.tmp").symlink_to("/dev/full")
+    Path("run/config.yaml.tmp").symlink_to("/dev/full")
     said = own("fit", "--config", "run.yaml", "--out", "run")
     assert (said.status, said.err) == (1, ["ds-lightning: run: No space left on device"])
     after = hashes(Path("run"))

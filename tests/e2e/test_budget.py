@@ -14,17 +14,10 @@ import pytest
 from ds_lightning.cost import ledger_report
 from ds_lightning.cost.ledger import FLUSH_SECONDS
 from ds_lightning.training import checkpoint
-from tests.e2e.command import Attempt, Run, config, start, write_corpus
+from tests.e2e.command import Attempt, Run, config, start
 
 # The exit of a process takes the kernel up to 0.1 s that no process can book, and its start as long.
 UNBOOKED = 0.3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("budget")
-    write_corpus(folder / "corpus")
-    return folder
 
 
 @pytest.fixture(scope="module")

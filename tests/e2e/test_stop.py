@@ -13,16 +13,9 @@ import pytest
 
 from ds_lightning.training import checkpoint
 from tests.callbacks.toy_run import differences
-from tests.e2e.command import Run, config, start, write_corpus
+from tests.e2e.command import Run, config, start
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stopped")
-    write_corpus(folder / "corpus")
-    return folder
 
 
 @pytest.fixture(scope="module")

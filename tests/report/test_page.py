@@ -155,7 +155,7 @@ def test_only_our_own_page_is_written_over(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_earlier_page(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     before = write_run_page(folder).read_bytes()
-    (folder / ".report.html.tmp").symlink_to("/dev/full")
+    (folder / "report.html.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         write_run_page(folder)
     assert (folder / "report.html").read_bytes() == before

@@ -82,7 +82,7 @@ def test_a_file_is_no_run_folder(folder: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_earlier_config(folder: Path) -> None:
-    (folder / "config.tmp").symlink_to("/dev/full")
+    (folder / "config.yaml.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         write_config(folder, changed("out", "b"))
     assert read_config(folder / "config.yaml") == CONFIG
