@@ -39,7 +39,9 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """
     hidden: dict[int, int] = {}
     for name, parameter in model.named_parameters():
-        if _num_dims(parameter) >= 2 and not name.endswith(("lm_head.weight", "mlp.gate.weight", "embed_tokens.weight")):
+        if _num_dims(parameter) >= 2 and not name.endswith(
+            ("lm_head.weight", "mlp.gate.weight", "embed_tokens.weight")
+        ):
             hidden[id(parameter)] = 2 if name.endswith("gate_up_proj") else 1
     groups = []
     for group in weight_decay_groups(model, weight_decay):

@@ -59,5 +59,10 @@ class ZeROPrecision(DeepSpeedPrecision):
             self.outcome = StepOutcome(norm, applied, engine.skipped_steps)
         return result
 
+    def _after_closure(self, model: Any, optimizer: Any) -> None:
+        """Call ``on_before_optimizer_step`` before optimizer steps alone, as in any other run."""
+        if model.trainer.model.is_gradient_accumulation_boundary():
+            super()._after_closure(model, optimizer)
+
     def _clip_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Leave clipping to DeepSpeed: no rank holds a gradient whose norm would mean anything."""

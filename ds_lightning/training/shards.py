@@ -1,17 +1,39 @@
-"""The files that DeepSpeed's ranks make of a model and its optimizer: within a checkpoint, and back to whole weights."""
+"""The files that DeepSpeed's ranks make of a run: within a checkpoint, and back to whole weights."""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from ds_lightning.training.tensor_file import write_tensors
 
 TAG = "shards"
 """Folder within a checkpoint's state that DeepSpeed writes to."""
+
+
+def import_deepspeed() -> None:
+    """Import DeepSpeed without what it says of a missing GPU and of torch's plans; the rest goes to stderr."""
+    log = logging.getLogger("DeepSpeed")
+    log.addFilter(_is_of_use)
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
+    import deepspeed  # noqa: F401
+
+    for handler in log.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def detach_failures(engine: Any) -> None:
@@ -20,7 +42,7 @@ def detach_failures(engine: Any) -> None:
     The errors are kept for :func:`save` to raise. The scripts that DeepSpeed adds to a checkpoint are left out.
     """
     errors: list[OSError] = []
-    engine.checkpoint_engine.save = _noting(errors, _write)
+    engine.checkpoint_engine.save = _noting(errors, write_tensors)
     engine.checkpoint_engine.makedirs = _noting(errors, os.makedirs)
     engine._copy_recovery_script = lambda save_path: None
     engine.write_errors = errors
@@ -56,17 +78,12 @@ def load(engine: Any, folder: Path, *, optimizer: bool) -> dict[str, Any]:
 
 def whole_state(folder: Path) -> dict[str, Tensor]:
     """Return all weights in fp32, and all buffers, from the shards of all ranks, in the memory of this process."""
+    import_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it tells how it gets on
+        state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
     return {name: tensor.contiguous() for name, tensor in state.items()}
-
-
-def _write(state: Any, path: str) -> None:
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())  # here: on a shared file system rank 0 cannot do it for the others
 
 
 def _noting(errors: list[OSError], function: Callable[..., None]) -> Callable[..., None]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +20,7 @@ from torch import nn
 from ds_lightning.models.init import init_layer
 from ds_lightning.training import shards
 from ds_lightning.training.precision import ZeROPrecision
+from ds_lightning.training.zero_config import deepspeed_config, fit_buckets
 
 
 class ZeRO(DeepSpeedStrategy):
@@ -55,10 +54,10 @@ class ZeRO(DeepSpeedStrategy):
             raise ValueError(f"ZeRO: stage is {stage!r}, expected 1, 2 or 3")
         if not timeout_seconds > 0:
             raise ValueError(f"ZeRO: timeout_seconds is {timeout_seconds}, expected more than 0")
-        _import_quietly()
+        shards.import_deepspeed()
         self.stage: int = stage
         self._trained: Any = None  # the engine of a fit, for the validation after it
-        super().__init__(config=_deepspeed_config(stage, offload_optimizer, config or {}))
+        super().__init__(config=deepspeed_config(stage, config or {}, offload_optimizer=offload_optimizer))
         self._timeout = timedelta(seconds=timeout_seconds)
 
     @property
@@ -152,7 +151,7 @@ class ZeRO(DeepSpeedStrategy):
         """Make the engine; of a model that has one from its fit, take that."""
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            _fit_buckets(self.config, self.lightning_module)
+            fit_buckets(self.config, self.lightning_module)
             self._initialize_deepspeed_train(self.model)
             shards.detach_failures(self.model)
             self._trained = self.model
@@ -166,10 +165,13 @@ class ZeRO(DeepSpeedStrategy):
         import deepspeed
 
         assert isinstance(self.config, dict)
-        kept = ["fp16", "bf16", *(["zero_optimization"] if self.zero_stage_3 else [])]
+        kept = ["fp16", "bf16", "train_micro_batch_size_per_gpu", *(["zero_optimization"] if self.zero_stage_3 else [])]
         self.model, _, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self._device_rank),
-            config={"train_micro_batch_size_per_gpu": 1, **{key: self.config[key] for key in kept if key in self.config}},
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                **{key: self.config[key] for key in kept if key in self.config},
+            },
             model=model,
             model_parameters=[],
             dist_init_required=False,
@@ -206,17 +208,6 @@ class ZeRO(DeepSpeedStrategy):
         return shards.load(self.model, Path(checkpoint_path), optimizer=fitting)
 
 
-def _import_quietly() -> None:
-    """Import DeepSpeed without what it says of a missing GPU; the rest of its log goes to stderr."""
-    log = logging.getLogger("DeepSpeed")
-    log.addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    import deepspeed  # noqa: F401
-
-    for handler in log.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
-
-
 def _use_cpu() -> None:
     """Run DeepSpeed on the CPU, also where there is a GPU, with torch's own communication."""
     import deepspeed
@@ -227,26 +218,3 @@ def _use_cpu() -> None:
     set_accelerator(CPU_Accelerator())
     # Its reduction in shared memory serves inference alone, and takes a compiler and a minute to build.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-
-
-def _deepspeed_config(stage: int, offload_optimizer: bool, more: dict[str, Any]) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True}
-    if offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    config: dict[str, Any] = {
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on a CPU as fast, and needs no compiler
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "train_micro_batch_size_per_gpu": 1,  # of DeepSpeed's own count of samples, which nothing reads
-        "zero_optimization": zero,
-    }
-    for key, value in more.items():
-        config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
-    return config
-
-
-def _fit_buckets(config: Any, model: nn.Module) -> None:
-    """Keep buckets no larger than the model: DeepSpeed allocates them in full."""
-    size = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-    for name in ("reduce_bucket_size", "allgather_bucket_size"):
-        config["zero_optimization"].setdefault(name, min(size, 200_000_000))

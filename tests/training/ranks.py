@@ -37,9 +37,19 @@ def run_ranks(function: str, *arguments: str, ranks: int = 2, seconds: float = 5
                 **{"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
                 **{"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more},
             }
-            command = [sys.executable, "-m", "tests.training.ranks", str(seconds), f"{folder}/{rank}.pt", function, *arguments]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.training.ranks",
+                str(seconds),
+                f"{folder}/{rank}.pt",
+                function,
+                *arguments,
+            ]
             log = open(f"{folder}/{rank}.log", "w+")  # noqa: SIM115
-            processes.append((subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log), log))
+            processes.append(
+                (subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log), log)
+            )
         try:
             deadline = time.monotonic() + seconds
             while any(process.poll() is None for process, _ in processes) and time.monotonic() < deadline:
@@ -65,7 +75,9 @@ def _tail(log: IO[str]) -> str:
 def _main(seconds: float, out: str, function: str, *arguments: str) -> None:
     from importlib import import_module
 
-    faulthandler.dump_traceback_later(seconds - 15, file=sys.stdout)  # where a rank waits, in the log of a test that fails
+    faulthandler.dump_traceback_later(
+        seconds - 15, file=sys.stdout
+    )  # where a rank waits, in the log of a test that fails
     module, _, name = function.partition(":")
     torch.save(getattr(import_module(module), name)(*arguments), out)
 
