@@ -29,7 +29,7 @@ class ExpertLoad(Callback):
     it in the list of callbacks.
 
     Logged are ``moe/max_violation`` (mean over layers), ``moe/dead_experts`` (experts of all layers without a token in
-    the last ``window`` steps) and the image ``moe/load``.
+    the last ``window`` steps) and the image ``moe/load``. A step that was skipped counts for nothing.
 
     Args:
         every_n_steps: Optimizer steps between two heatmaps.
@@ -46,7 +46,7 @@ class ExpertLoad(Callback):
         self.every_n_steps = every_n_steps
         self.window = window
         self._idle_steps: Tensor | None = None  # [layers experts]: steps since the last token
-        self._steps_counted = 0
+        self._steps_counted: Tensor | int = 0
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,22 +62,25 @@ class ExpertLoad(Callback):
         if load is None:
             return
         pl_module.log("moe/max_violation", max_violation(load).mean())
-        pl_module.log("moe/dead_experts", self._count_dead(load).float())
+        pl_module.log("moe/dead_experts", self._count_dead(load, pl_module.step_skipped).float())
         if trainer.global_step % self.every_n_steps == 0:
             image = load_heatmap(load_ratio(load).numpy())
             for logger in tensorboard_loggers(trainer):
                 logger.experiment.add_image("moe/load", image, trainer.global_step, dataformats="HWC")
 
-    def _count_dead(self, load: Tensor) -> Tensor:
+    def _count_dead(self, load: Tensor, skipped: Tensor | bool) -> Tensor:
+        """Count on; whether the step was skipped only the device knows, and the host does not wait for it."""
+        skipped = torch.as_tensor(skipped, device=load.device)
         idle = torch.zeros_like(load, dtype=torch.int64) if self._idle_steps is None else self._idle_steps
-        self._idle_steps = torch.where(load > 0, 0, idle.to(load.device) + 1)
-        self._steps_counted += 1
-        return (self._idle_steps >= min(self.window, self._steps_counted)).sum()
+        idle = idle.to(load.device)
+        self._idle_steps = torch.where(skipped, idle, torch.where(load > 0, 0, idle + 1))
+        self._steps_counted = self._steps_counted + ~skipped
+        return (self._idle_steps >= self._steps_counted.clamp(max=self.window)).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """Return how long each expert has been idle, so that a resumed run counts on."""
         idle = None if self._idle_steps is None else self._idle_steps.cpu()
-        return {"idle_steps": idle, "steps_counted": self._steps_counted}
+        return {"idle_steps": idle, "steps_counted": int(self._steps_counted)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""

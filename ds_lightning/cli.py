@@ -15,7 +15,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from ds_lightning.user_errors import one_line, writing
+from ds_lightning.user_errors import RunFailedError, one_line, writing
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
 
@@ -86,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(where, status=WRONG_INPUT if isinstance(error, PATH_ERRORS) else FAILED)
     except MemoryError as error:
         return _complain(str(error) or "out of memory", status=FAILED)
+    except RunFailedError as error:
+        return _complain(str(error), status=FAILED)
     except ValueError as error:
         meant = _ours(error)
         if meant is None:

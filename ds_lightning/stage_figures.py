@@ -34,6 +34,7 @@ def stage_figures(
         "name": data.stage,
         "tokens": model.tokens_seen,
         "progress": model.planned_progress,
+        "skipped_steps": int(model.skipped_steps),
         "parameters": param_count(model.config, include_mtp=True),
         "active_parameters": active_param_count(model.config, include_embedding=False),
         "peak_memory_gb": peak_memory_gb(model.device),

@@ -38,6 +38,9 @@ from ds_lightning.user_errors import one_line, writing
 USAGE = "ds-lightning {} --config FILE [--config FILE ...] [--out RUN_DIR] [--KEY VALUE ...]"
 
 SECTIONS = {
+    "watchdog": callbacks.Watchdog,
+    "weight_check": callbacks.WeightCheck,
+    "skip_steps": callbacks.SkipSteps,
     "routing_bias": callbacks.RoutingBias,
     "cost": callbacks.CostLedger,
     "budget": callbacks.Budget,

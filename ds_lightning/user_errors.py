@@ -20,6 +20,10 @@ _BARE_TYPE = re.compile(r"Expected an? (?!.*Got value)|Expected a dot import pat
 _TYPE = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>|typing\.")
 
 
+class RunFailedError(RuntimeError):
+    """A run that cannot go on, for a reason that one line says; the command ends with status 1."""
+
+
 @contextmanager
 def writing(folder: str | Path) -> Iterator[None]:
     """Name the folder in errors of the file system that name no file, such as most of a full disk.

@@ -28,7 +28,13 @@ class Muon(torch.optim.Optimizer):
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
         momentum: Decay rate of Muon's momentum, in Nesterov's form.
+
+    Attributes:
+        found_inf: 1 for a step that leaves weights and states as they are, 0 for one that is made, on the device: the
+            contract of torch's fused optimizers, which spares the host from waiting. None: all steps are made.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -60,10 +66,13 @@ class Muon(torch.optim.Optimizer):
     def _step_muon(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Orthogonalise all matrices of one shape together, since each alone is too small to keep a device busy."""
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        skip = None if self.found_inf is None else self.found_inf.bool()
         for parameter, gradient in pairs:
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
+            if skip is not None:
+                gradient = torch.where(skip, state["momentum"], gradient)  # towards which the momentum does not move
             state["momentum"].lerp_(gradient, 1 - group["momentum"])
             update = torch.lerp(gradient, state["momentum"], group["momentum"])
             matrices = update.unflatten(-2, (group["parts"], -1)).flatten(0, -3)  # [matrices rows columns]
@@ -72,8 +81,11 @@ class Muon(torch.optim.Optimizer):
             orthogonal = orthogonalise(torch.cat([matrices for _, matrices in entries]))
             pieces = orthogonal.split([len(matrices) for _, matrices in entries])
             for (parameter, _), piece in zip(entries, pieces, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(piece.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+                moved = parameter if skip is None else parameter.clone()
+                moved.mul_(1 - group["lr"] * group["weight_decay"])
+                moved.add_(piece.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+                if skip is not None:
+                    parameter.copy_(torch.where(skip, parameter, moved))
 
     def _step_adamw(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
         for parameter, _ in pairs:
@@ -98,7 +110,11 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
+            found_inf=self.found_inf,
         )
+        if self.found_inf is not None:
+            for state in states:
+                state["step"].sub_(self.found_inf)
 
 
 def orthogonalise(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, "matrices rows columns"]:

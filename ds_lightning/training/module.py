@@ -1,6 +1,7 @@
 """What all training of a DeepSeek model shares: the model, its optimizer and schedule, and the routing biases."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Literal
@@ -52,6 +53,9 @@ class DeepSeekModule(pl.LightningModule):
         expert_load: Tokens routed to each expert since the last optimizer step, [expert layers, experts] on this rank;
             MTP modules last; none before the first micro-batch or in a dense model.
         last_expert_load: The same for the last completed optimizer step, over all ranks.
+        step_filter: Tells by the global norm of its gradient whether a step is to be skipped; a callback sets it.
+        step_skipped: Whether the latest optimizer step was skipped: weights, optimizer and routing stayed as they were.
+        skipped_steps: Optimizer steps of the run that were skipped; their tokens are seen all the same.
     """
 
     def __init__(
@@ -92,6 +96,9 @@ class DeepSeekModule(pl.LightningModule):
         self.budget_progress = 0.0
         self.expert_load: Tensor | None = None
         self.last_expert_load: Tensor | None = None
+        self.step_filter: Callable[[Tensor], Tensor] | None = None
+        self.step_skipped: Tensor | bool = False
+        self.skipped_steps: Tensor | int = 0
         self._step_tokens = 0
 
     @property
@@ -154,6 +161,9 @@ class DeepSeekModule(pl.LightningModule):
     ) -> None:
         """Clip by the global norm, and log the norm before clipping and the learning rate of the step."""
         norm = torch.nn.utils.clip_grad_norm_(self._built.parameters(), gradient_clip_val or float("inf"))
+        if self.step_filter is not None:
+            self.step_skipped = self.step_filter(norm)
+            optimizer.found_inf = self.step_skipped.float()  # read by the optimizer on the device: the host goes on
         self._log_step(norm, optimizer)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -164,16 +174,18 @@ class DeepSeekModule(pl.LightningModule):
             precision = self.trainer.precision_plugin
             if isinstance(precision, ZeROPrecision) and precision.outcome is not None:
                 self._log_step(precision.outcome.grad_norm, optimizer)
-                self.log("train/skipped_steps", float(precision.outcome.skipped_steps))
-                if not precision.outcome.applied:
-                    self.expert_load = None  # of a forward that may have been as broken as the gradient
+                self.step_skipped = torch.tensor(not precision.outcome.applied, device=self.device)
+            if isinstance(self.step_skipped, Tensor):
+                self.skipped_steps = self.skipped_steps + self.step_skipped
+                self.log("train/skipped_steps", self.skipped_steps)
 
     @torch.no_grad()
     def step_routing_bias(self) -> None:
         """Move the selection biases once, on the load of the whole optimizer step over all ranks.
 
         The routers of MTP modules are among them. Micro-batches, evaluation and recomputation do not count by
-        themselves: the load is noted in ``training_step``.
+        themselves: the load is noted in ``training_step``. That of a skipped step is dropped: the forward may have been
+        as broken as the gradient.
         """
         if self.expert_load is None:
             return
@@ -181,19 +193,18 @@ class DeepSeekModule(pl.LightningModule):
         gamma = self._now(self.bias_update_speed)
         routers = [module for module in self._built.modules() if isinstance(module, Router)][: len(load)]
         for router, layer_load in zip(routers, load, strict=True):
-            if router.e_score_correction_bias is not None:
-                router.e_score_correction_bias.copy_(
-                    bias_update(layer_load, router.e_score_correction_bias, gamma=gamma)
-                )
-        self.last_expert_load, self.expert_load = load, None
+            bias = router.e_score_correction_bias
+            if bias is not None:
+                bias.copy_(self._unless_skipped(bias_update(layer_load, bias, gamma=gamma), bias))
+        self.last_expert_load, self.expert_load = self._unless_skipped(load, self.last_expert_load), None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the tokens seen."""
-        checkpoint["tokens_seen"] = self.tokens_seen
+        """Keep the counters."""
+        checkpoint["tokens_seen"], checkpoint["skipped_steps"] = self.tokens_seen, int(self.skipped_steps)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the tokens seen."""
-        self.tokens_seen = checkpoint["tokens_seen"]
+        """Take up the counters."""
+        self.tokens_seen, self.skipped_steps = checkpoint["tokens_seen"], checkpoint["skipped_steps"]
 
     @property
     def _built(self) -> DeepSeek:
@@ -229,6 +240,12 @@ class DeepSeekModule(pl.LightningModule):
     def _log_step(self, norm: Tensor | float, optimizer: Any) -> None:
         self.log("train/grad_norm", norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def _unless_skipped(self, after: Tensor, before: Tensor | None) -> Tensor:
+        """Return what holds after the latest optimizer step."""
+        if before is None or not isinstance(self.step_skipped, Tensor):
+            return after
+        return torch.where(self.step_skipped, before, after)
 
     def _now(self, value: float | Schedule) -> float:
         return value(self.progress) if isinstance(value, Schedule) else value

@@ -42,7 +42,7 @@ def run(callback: ExpertLoad, loads: list[Tensor | None], first_step: int = 0) -
     callback.on_train_start(trainer, Mock(spec=LightningModule))
     logged = []
     for load in loads:
-        module = Mock(last_expert_load=load)
+        module = Mock(last_expert_load=load, step_skipped=False)
         callback.on_train_batch_end(trainer, module, None, None, 0)
         trainer.global_step += 1
         callback.on_train_batch_end(trainer, module, None, None, 1)
@@ -124,6 +124,7 @@ class Routed(LightningModule):
         self.line = nn.Linear(1, 1)
         self.loads = loads
         self.last_expert_load: Tensor | None = None
+        self.step_skipped = False
 
     def training_step(self, batch: Tensor) -> Tensor:
         loss: Tensor = self.line(batch).square().mean()

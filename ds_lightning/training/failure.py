@@ -1,0 +1,41 @@
+"""How a run that cannot go on ends on all ranks."""
+
+import os
+import time
+from typing import NoReturn
+
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import Trainer
+
+from ds_lightning.user_errors import RunFailedError
+
+_PATIENCE_SECONDS = 15.0
+
+
+def fail_together(trainer: Trainer, message: str) -> NoReturn:
+    """End the run with status 1, on every rank; all of them must call it at the same point.
+
+    Args:
+        trainer: Of the run.
+        message: One line, which rank 0 says.
+
+    Raises:
+        RunFailedError: On rank 0.
+        SystemExit: On the others.
+    """
+    if trainer.is_global_zero:
+        raise RunFailedError(message)
+    wait_for_launcher(trainer, _PATIENCE_SECONDS)
+    raise SystemExit(1)
+
+
+def wait_for_launcher(trainer: Trainer, seconds: float) -> None:
+    """Let rank 0 end first where it has started this process.
+
+    Lightning's launcher kills it, maybe before its last words, when it sees another rank fail first.
+    """
+    if not isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment):
+        return
+    parent, deadline = os.getppid(), time.monotonic() + seconds
+    while trainer.local_rank != 0 and os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.05)
