@@ -225,8 +225,8 @@ def verdict(standings: list[Standing | None], suspects: list[int], timeout: floa
     several = len(suspects) > 1
     return (
         f"rank{'s' * several} {', '.join(map(str, suspects))} of {len(standings)} hang{'s' * (not several)}: nothing "
-        f"has moved for {timeout:g} s, {'; '.join(tell(rank) for rank in suspects)}, while others wait in {front.phase} of "
-        f"step {front.step + 1}; the run ends, and the same command goes on from the newest checkpoint"
+        f"has moved for {timeout:g} s, {'; '.join(tell(rank) for rank in suspects)}, while others wait in {front.phase} "
+        f"of step {front.step + 1}; the run ends, and the same command goes on from the newest checkpoint"
     )
 
 

@@ -38,7 +38,8 @@ def test_the_line_names_rank_machine_place_phase_and_step() -> None:
     standings = [standing(9, phase="backward"), standing(8)]
     assert verdict(standings, [1], 300.0) == (
         "rank 1 of 2 hangs: nothing has moved for 300 s, rank 1 on node7 is at rl/toy.py:33 in score (forward of step "
-        "7), while others wait in backward of step 7; the run ends, and the same command goes on from the newest checkpoint"
+        "7), while others wait in backward of step 7; the run ends, and the same command goes on from the newest "
+        "checkpoint"
     )
     assert verdict([standing(9), None, standing(8)], [1, 2], 5.0).startswith(
         "ranks 1, 2 of 3 hang: nothing has moved for 5 s, rank 1 has not begun to train, or is gone; rank 2 on node7 is"
