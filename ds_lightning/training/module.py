@@ -115,7 +115,15 @@ class DeepSeekModule(pl.LightningModule):
             raise ValueError(f"trainer.gradient_clip_val is {limit}, expected 0 or more")
         if algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm is {algorithm.value!r}, expected 'norm'")
-        if self.optimizer == "muon" and self._zero is not None:
+        self.check_strategy(self.trainer.strategy)
+
+    def check_strategy(self, strategy: Any) -> None:
+        """Refuse an optimizer that cannot work under a strategy.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        if self.optimizer == "muon" and isinstance(strategy, ZeRO):
             raise ValueError(
                 "model.init_args.optimizer is 'muon', which needs whole matrices where ZeRO keeps flat shards of them, "
                 "expected 'adamw' (with a learning rate that suits it) under trainer.strategy ZeRO, or strategy ddp"
@@ -222,7 +230,7 @@ class DeepSeekModule(pl.LightningModule):
                     "equal shapes: set the config to that of the weights"
                 )
         if self._zero is not None:
-            self._zero.load(self._built, source)
+            self._zero.load(self._built, source.state_dict())
         else:
             self._built.load_state_dict(source.state_dict())
 

@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ds_lightning.training.tensor_file import write_tensors
@@ -60,20 +61,27 @@ def save(engine: Any, state: dict[str, Any], folder: Path) -> None:
         raise engine.write_errors[0]
 
 
-def load(engine: Any, folder: Path, *, optimizer: bool) -> dict[str, Any]:
-    """Read the shards of this rank, and return the state beside them.
+def load(engine: Any, folder: Path) -> dict[str, Any]:
+    """Read the shards of this rank for training to go on, and return the state beside them.
 
     Args:
-        engine: A DeepSpeed engine.
+        engine: A DeepSpeed engine with an optimizer.
         folder: What ``save`` was given.
-        optimizer: Whether training goes on.
     """
-    path, state = engine.load_checkpoint(
-        folder, tag=TAG, load_optimizer_states=optimizer, load_lr_scheduler_states=False
-    )
+    path, state = engine.load_checkpoint(folder, tag=TAG, load_lr_scheduler_states=False)
     assert path is not None, f"{folder} holds no {TAG}"
     client: dict[str, Any] = state
     return client
+
+
+def load_client_state(folder: Path) -> dict[str, Any]:
+    """Return the state that rank 0 wrote beside its shards."""
+    [path] = [
+        *folder.glob(f"{TAG}/mp_rank_00_model_states.pt"),
+        *folder.glob(f"{TAG}/zero_pp_rank_0_*_model_states.pt"),
+    ]
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)  # verified before, and our own
+    return {name: value for name, value in state.items() if name != "module"}
 
 
 def whole_state(folder: Path) -> dict[str, Tensor]:

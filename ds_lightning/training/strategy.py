@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 
 from ds_lightning.models.init import init_layer
 from ds_lightning.training import shards
@@ -123,15 +123,19 @@ class ZeRO(DeepSpeedStrategy):
                 layer.register_buffer(name, buffer.float() if buffer.is_floating_point() else buffer)
 
     @torch.no_grad()
-    def load(self, model: nn.Module, source: nn.Module) -> None:
-        """Copy the weights and buffers of a whole model into one that may be sharded."""
-        theirs = dict(source.named_parameters())
+    def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Copy whole weights and buffers into a model that may be sharded.
+
+        Args:
+            model: The model.
+            state: Its state, in full, on every rank.
+        """
         for name, parameter in model.named_parameters():
             with self.whole([parameter]):
                 if self.stage < 3 or self.is_global_zero:
-                    parameter.copy_(theirs[name])
+                    parameter.copy_(state[name])
         for name, buffer in model.named_buffers():
-            buffer.copy_(source.get_buffer(name))
+            buffer.copy_(state[name])
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         import deepspeed
@@ -204,17 +208,8 @@ class ZeRO(DeepSpeedStrategy):
             What ``save_checkpoint`` was given on rank 0.
         """
         assert self.lightning_module is not None
-        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        return shards.load(self.model, Path(checkpoint_path), optimizer=fitting)
-
-
-def _use_cpu() -> None:
-    """Run DeepSpeed on the CPU, also where there is a GPU, with torch's own communication."""
-    import deepspeed
-    from deepspeed.accelerator import set_accelerator
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-    set_accelerator(CPU_Accelerator())
-    # Its reduction in shared memory serves inference alone, and takes a compiler and a minute to build.
-    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+        folder = Path(checkpoint_path)
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            return shards.load(self.model, folder)
+        self.load(self.lightning_module, shards.whole_state(folder))
+        return shards.load_client_state(folder)

@@ -44,7 +44,6 @@ def run_ranks(function: str, *arguments: str, ranks: int = 2, seconds: float = 5
                 str(seconds),
                 f"{folder}/{rank}.pt",
                 function,
-                *arguments,
             ]
             log = open(f"{folder}/{rank}.log", "w+")  # noqa: SIM115
             processes.append(
