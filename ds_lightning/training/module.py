@@ -162,7 +162,7 @@ class DeepSeekModule(pl.LightningModule):
     ) -> None:
         """Clip by the global norm, and log the norm before clipping and the learning rate of the step."""
         norm = torch.nn.utils.clip_grad_norm_(self._built.parameters(), gradient_clip_val or float("inf"))
-        self._log_step(norm, optimizer)
+        self._log_optimizer_step(norm, optimizer)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, and count the tokens of the step, before the schedule of the next one is asked."""
@@ -171,7 +171,7 @@ class DeepSeekModule(pl.LightningModule):
             self.tokens_seen += self._step_tokens
             precision = self.trainer.precision_plugin
             if isinstance(precision, ZeROPrecision) and precision.outcome is not None:
-                self._log_step(precision.outcome.grad_norm, optimizer)
+                self._log_optimizer_step(precision.outcome.grad_norm, optimizer)
                 self.log("train/skipped_steps", float(precision.outcome.skipped_steps))
                 if not precision.outcome.applied:
                     self.expert_load = None  # of a forward that may have been as broken as the gradient
@@ -234,7 +234,7 @@ class DeepSeekModule(pl.LightningModule):
         else:
             self._built.load_state_dict(source.state_dict())
 
-    def _log_step(self, norm: Tensor | float, optimizer: Any) -> None:
+    def _log_optimizer_step(self, norm: Tensor | float, optimizer: Any) -> None:
         self.log("train/grad_norm", norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 

@@ -154,9 +154,10 @@ class ZeRO(DeepSpeedStrategy):
     def init_deepspeed(self) -> None:
         """Make the engine; of a model that has one from its fit, take that."""
         assert self.lightning_module is not None
+        assert isinstance(self.config, dict)
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             fit_buckets(self.config, self.lightning_module)
-            self._initialize_deepspeed_train(self.model)
+            self._initialize_deepspeed_train(self.lightning_module)
             shards.detach_failures(self.model)
             self._trained = self.model
         elif self._trained is not None and self._trained.module is self.lightning_module:
@@ -169,13 +170,10 @@ class ZeRO(DeepSpeedStrategy):
         import deepspeed
 
         assert isinstance(self.config, dict)
-        kept = ["fp16", "bf16", "train_micro_batch_size_per_gpu", *(["zero_optimization"] if self.zero_stage_3 else [])]
+        kept = ["train_micro_batch_size_per_gpu", "fp16", "bf16", *(["zero_optimization"] if self.stage == 3 else [])]
         self.model, _, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self._device_rank),
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                **{key: self.config[key] for key in kept if key in self.config},
-            },
+            config={key: self.config[key] for key in kept if key in self.config},
             model=model,
             model_parameters=[],
             dist_init_required=False,
@@ -213,3 +211,15 @@ class ZeRO(DeepSpeedStrategy):
             return shards.load(self.model, folder)
         self.load(self.lightning_module, shards.whole_state(folder))
         return shards.load_client_state(folder)
+
+
+def _use_cpu() -> None:
+    """Run DeepSpeed on the CPU, also where there is a GPU, with torch's own communication."""
+    import deepspeed
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    set_accelerator(CPU_Accelerator())
+    # Its reduction in shared memory serves inference alone, and takes a compiler and a minute to build.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
