@@ -197,7 +197,7 @@ class ZeRO(DeepSpeedStrategy):
         Raises:
             OSError: If this rank's files cannot be written; the other ranks do not wait for them.
         """
-        shards.save(self.model, {**checkpoint, "state_dict": None, "optimizer_states": None}, Path(filepath))
+        shards.save(self.model, checkpoint, Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read this rank's shards; the folder must have been verified, since DeepSpeed unpickles it.
