@@ -43,7 +43,7 @@ def detach_failures(engine: Any) -> None:
     The errors are kept for :func:`save` to raise. The scripts that DeepSpeed adds to a checkpoint are left out.
     """
     errors: list[OSError] = []
-    engine.checkpoint_engine.save = _noting(errors, write_tensors)
+    engine.checkpoint_engine.save = _noting(errors, lambda state_dict, path: write_tensors(state_dict, path))
     engine.checkpoint_engine.makedirs = _noting(errors, os.makedirs)
     engine._copy_recovery_script = lambda save_path: None
     engine.write_errors = errors
@@ -76,10 +76,8 @@ def load(engine: Any, folder: Path) -> dict[str, Any]:
 
 def load_client_state(folder: Path) -> dict[str, Any]:
     """Return the state that rank 0 wrote beside its shards."""
-    [path] = [
-        *folder.glob(f"{TAG}/mp_rank_00_model_states.pt"),
-        *folder.glob(f"{TAG}/zero_pp_rank_0_*_model_states.pt"),
-    ]
+    names = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"  # below stage 3, and at it
+    path = next(folder / TAG / name for name in names if (folder / TAG / name).is_file())
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)  # verified before, and our own
     return {name: value for name, value in state.items() if name != "module"}
 
