@@ -10,13 +10,13 @@ from ds_lightning.callbacks.expert_load import ExpertLoad
 from ds_lightning.callbacks.pass_at_one import PassAtOne
 from ds_lightning.callbacks.preemption import Preemption
 from ds_lightning.callbacks.progress_bar import ProgressBar
+from ds_lightning.callbacks.replica_check import ReplicaCheck
 from ds_lightning.callbacks.routing_bias import RoutingBias
 from ds_lightning.callbacks.samples import Samples
 from ds_lightning.callbacks.skip_steps import SkipSteps
 from ds_lightning.callbacks.tensorboard_layout import TensorBoardLayout
 from ds_lightning.callbacks.throughput import Throughput
 from ds_lightning.callbacks.watchdog import Watchdog
-from ds_lightning.callbacks.weight_check import WeightCheck
 
 __all__ = [
     "Budget",
@@ -26,11 +26,11 @@ __all__ = [
     "PassAtOne",
     "Preemption",
     "ProgressBar",
+    "ReplicaCheck",
     "RoutingBias",
     "Samples",
     "SkipSteps",
     "TensorBoardLayout",
     "Throughput",
     "Watchdog",
-    "WeightCheck",
 ]

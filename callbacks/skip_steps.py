@@ -58,7 +58,8 @@ class SkipSteps(Callback):
         self._filter.end_step()
         pl_module.step_filter = self._filter
         if isinstance(trainer.strategy, ZeRO):
-            filter_zero_steps(trainer.strategy.model.optimizer, self._filter)
+            engine: Any = trainer.strategy.model
+            filter_zero_steps(engine.optimizer, self._filter)
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         """Note the loss of a micro-batch."""

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,13 +207,13 @@ class _Watch:
         return self.folder / f"rank-{rank}.heartbeat"
 
 
-def behind(standings: list[Standing | None]) -> list[int]:
+def behind(standings: Sequence[Standing | None]) -> list[int]:
     """Return the ranks that others wait for; none are where all have come equally far."""
     positions = [(0, 0) if standing is None else standing.position for standing in standings]
     return [rank for rank, position in enumerate(positions) if position < max(positions)]
 
 
-def verdict(standings: list[Standing | None], suspects: list[int], timeout: float) -> str:
+def verdict(standings: Sequence[Standing | None], suspects: list[int], timeout: float) -> str:
     """Return the line that names the ranks that hang, and what the others wait for."""
 
     def tell(rank: int) -> str:
@@ -222,18 +223,18 @@ def verdict(standings: list[Standing | None], suspects: list[int], timeout: floa
         return f"rank {rank} on {standing.host} is at {standing.place} ({standing.phase} of step {standing.step + 1})"
 
     front = max((standing for standing in standings if standing is not None), key=lambda standing: standing.position)
-    several = len(suspects) > 1
+    several, where = len(suspects) > 1, "; ".join(tell(rank) for rank in suspects)
     return (
         f"rank{'s' * several} {', '.join(map(str, suspects))} of {len(standings)} hang{'s' * (not several)}: nothing "
-        f"has moved for {timeout:g} s, {'; '.join(tell(rank) for rank in suspects)}, while others wait in {front.phase} "
-        f"of step {front.step + 1}; the run ends, and the same command goes on from the newest checkpoint"
+        f"has moved for {timeout:g} s, {where}, while others wait in {front.phase} of step {front.step + 1}; the run "
+        "ends, and the same command goes on from the newest checkpoint"
     )
 
 
 def _collectives() -> int:
     """Return the number of operations between ranks that this one has begun, in all groups."""
     groups = list(torch.distributed.distributed_c10d._world.pg_map)
-    return sum(group._get_sequence_number_for_group() for group in groups)
+    return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
 
 
 def _place(thread: int | None) -> str:

@@ -32,6 +32,7 @@ from ds_lightning.stage_figures import stage_figures
 from ds_lightning.summary import REPORT, read_report, summary_table, write_report
 from ds_lightning.training import ZeRO, checkpoint
 from ds_lightning.training.export import build_model, load_weights
+from ds_lightning.training.module import DeepSeekModule
 from ds_lightning.training.run_folder import check_run_folder, read_config, value_at, write_config
 from ds_lightning.user_errors import one_line, writing
 
@@ -39,7 +40,7 @@ USAGE = "ds-lightning {} --config FILE [--config FILE ...] [--out RUN_DIR] [--KE
 
 SECTIONS = {
     "watchdog": callbacks.Watchdog,
-    "weight_check": callbacks.WeightCheck,
+    "replica_check": callbacks.ReplicaCheck,
     "skip_steps": callbacks.SkipSteps,
     "routing_bias": callbacks.RoutingBias,
     "cost": callbacks.CostLedger,
@@ -244,6 +245,8 @@ class TrainingCLI(LightningCLI):
         out = Path(self._options.out)
         check_run_folder(out, self.config_dump)
         check_ours(out / PAGE)
+        if isinstance(self.model, DeepSeekModule):
+            self.model.check_strategy(self.trainer.strategy)  # here once, in its setup on every rank
         if self._options.calibration is not None:
             Calibration.read(self._options.calibration)
         self.trainer.callbacks.append(WriteConfig(out, self.config_dump))  # type: ignore[attr-defined]

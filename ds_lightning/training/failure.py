@@ -4,7 +4,7 @@ import os
 import time
 from typing import NoReturn
 
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 
 from ds_lightning.user_errors import RunFailedError

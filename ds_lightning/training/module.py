@@ -122,7 +122,15 @@ class DeepSeekModule(pl.LightningModule):
             raise ValueError(f"trainer.gradient_clip_val is {limit}, expected 0 or more")
         if algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm is {algorithm.value!r}, expected 'norm'")
-        if self.optimizer == "muon" and self._zero is not None:
+        self.check_strategy(self.trainer.strategy)
+
+    def check_strategy(self, strategy: Any) -> None:
+        """Refuse an optimizer that cannot work under a strategy.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        if self.optimizer == "muon" and isinstance(strategy, ZeRO):
             raise ValueError(
                 "model.init_args.optimizer is 'muon', which needs whole matrices where ZeRO keeps flat shards of them, "
                 "expected 'adamw' (with a learning rate that suits it) under trainer.strategy ZeRO, or strategy ddp"
@@ -164,7 +172,7 @@ class DeepSeekModule(pl.LightningModule):
         if self.step_filter is not None:
             self.step_skipped = self.step_filter(norm)
             optimizer.found_inf = self.step_skipped.float()  # read by the optimizer on the device: the host goes on
-        self._log_step(norm, optimizer)
+        self._log_optimizer_step(norm, optimizer)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, and count the tokens of the step, before the schedule of the next one is asked."""
@@ -173,7 +181,7 @@ class DeepSeekModule(pl.LightningModule):
             self.tokens_seen += self._step_tokens
             precision = self.trainer.precision_plugin
             if isinstance(precision, ZeROPrecision) and precision.outcome is not None:
-                self._log_step(precision.outcome.grad_norm, optimizer)
+                self._log_optimizer_step(precision.outcome.grad_norm, optimizer)
                 self.step_skipped = torch.tensor(not precision.outcome.applied, device=self.device)
             if isinstance(self.step_skipped, Tensor):
                 self.skipped_steps = self.skipped_steps + self.step_skipped
@@ -233,11 +241,11 @@ class DeepSeekModule(pl.LightningModule):
                     "equal shapes: set the config to that of the weights"
                 )
         if self._zero is not None:
-            self._zero.load(self._built, source)
+            self._zero.load(self._built, source.state_dict())
         else:
             self._built.load_state_dict(source.state_dict())
 
-    def _log_step(self, norm: Tensor | float, optimizer: Any) -> None:
+    def _log_optimizer_step(self, norm: Tensor | float, optimizer: Any) -> None:
         self.log("train/grad_norm", norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 

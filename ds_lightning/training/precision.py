@@ -48,7 +48,9 @@ class ZeROPrecision(DeepSpeedPrecision):
         """Compute gradients of a loss that Lightning has already divided."""
         model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
-    def optimizer_step(self, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
+    def optimizer_step(  # type: ignore[override]  # as Lightning's own
+        self, optimizer: Any, model: Any, closure: Any, **kwargs: Any
+    ) -> Any:
         """Run the micro-batch and, if it is the last one, the step."""
         engine = model.trainer.model
         steps = engine.global_steps

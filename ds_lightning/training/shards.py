@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ds_lightning.training.tensor_file import write_tensors
@@ -42,7 +43,7 @@ def detach_failures(engine: Any) -> None:
     The errors are kept for :func:`save` to raise. The scripts that DeepSpeed adds to a checkpoint are left out.
     """
     errors: list[OSError] = []
-    engine.checkpoint_engine.save = _noting(errors, write_tensors)
+    engine.checkpoint_engine.save = _noting(errors, lambda state_dict, path: write_tensors(state_dict, path))
     engine.checkpoint_engine.makedirs = _noting(errors, os.makedirs)
     engine._copy_recovery_script = lambda save_path: None
     engine.write_errors = errors
@@ -60,20 +61,25 @@ def save(engine: Any, state: dict[str, Any], folder: Path) -> None:
         raise engine.write_errors[0]
 
 
-def load(engine: Any, folder: Path, *, optimizer: bool) -> dict[str, Any]:
-    """Read the shards of this rank, and return the state beside them.
+def load(engine: Any, folder: Path) -> dict[str, Any]:
+    """Read the shards of this rank for training to go on, and return the state beside them.
 
     Args:
-        engine: A DeepSpeed engine.
+        engine: A DeepSpeed engine with an optimizer.
         folder: What ``save`` was given.
-        optimizer: Whether training goes on.
     """
-    path, state = engine.load_checkpoint(
-        folder, tag=TAG, load_optimizer_states=optimizer, load_lr_scheduler_states=False
-    )
+    path, state = engine.load_checkpoint(folder, tag=TAG, load_lr_scheduler_states=False)
     assert path is not None, f"{folder} holds no {TAG}"
     client: dict[str, Any] = state
     return client
+
+
+def load_client_state(folder: Path) -> dict[str, Any]:
+    """Return the state that rank 0 wrote beside its shards."""
+    names = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"  # below stage 3, and at it
+    path = next(folder / TAG / name for name in names if (folder / TAG / name).is_file())
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)  # verified before, and our own
+    return {name: value for name, value in state.items() if name != "module"}
 
 
 def whole_state(folder: Path) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 
 from ds_lightning.models.init import init_layer
 from ds_lightning.training import shards
@@ -123,15 +123,19 @@ class ZeRO(DeepSpeedStrategy):
                 layer.register_buffer(name, buffer.float() if buffer.is_floating_point() else buffer)
 
     @torch.no_grad()
-    def load(self, model: nn.Module, source: nn.Module) -> None:
-        """Copy the weights and buffers of a whole model into one that may be sharded."""
-        theirs = dict(source.named_parameters())
+    def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Copy whole weights and buffers into a model that may be sharded.
+
+        Args:
+            model: The model.
+            state: Its state, in full, on every rank.
+        """
         for name, parameter in model.named_parameters():
             with self.whole([parameter]):
                 if self.stage < 3 or self.is_global_zero:
-                    parameter.copy_(theirs[name])
+                    parameter.copy_(state[name])
         for name, buffer in model.named_buffers():
-            buffer.copy_(source.get_buffer(name))
+            buffer.copy_(state[name])
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         import deepspeed
@@ -150,9 +154,10 @@ class ZeRO(DeepSpeedStrategy):
     def init_deepspeed(self) -> None:
         """Make the engine; of a model that has one from its fit, take that."""
         assert self.lightning_module is not None
+        assert isinstance(self.config, dict)
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             fit_buckets(self.config, self.lightning_module)
-            self._initialize_deepspeed_train(self.model)
+            self._initialize_deepspeed_train(self.lightning_module)
             shards.detach_failures(self.model)
             self._trained = self.model
         elif self._trained is not None and self._trained.module is self.lightning_module:
@@ -165,13 +170,10 @@ class ZeRO(DeepSpeedStrategy):
         import deepspeed
 
         assert isinstance(self.config, dict)
-        kept = ["fp16", "bf16", "train_micro_batch_size_per_gpu", *(["zero_optimization"] if self.zero_stage_3 else [])]
+        kept = ["train_micro_batch_size_per_gpu", "fp16", "bf16", *(["zero_optimization"] if self.stage == 3 else [])]
         self.model, _, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self._device_rank),
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                **{key: self.config[key] for key in kept if key in self.config},
-            },
+            config={key: self.config[key] for key in kept if key in self.config},
             model=model,
             model_parameters=[],
             dist_init_required=False,
@@ -195,7 +197,7 @@ class ZeRO(DeepSpeedStrategy):
         Raises:
             OSError: If this rank's files cannot be written; the other ranks do not wait for them.
         """
-        shards.save(self.model, {**checkpoint, "state_dict": None, "optimizer_states": None}, Path(filepath))
+        shards.save(self.model, checkpoint, Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read this rank's shards; the folder must have been verified, since DeepSpeed unpickles it.
@@ -204,8 +206,11 @@ class ZeRO(DeepSpeedStrategy):
             What ``save_checkpoint`` was given on rank 0.
         """
         assert self.lightning_module is not None
-        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        return shards.load(self.model, Path(checkpoint_path), optimizer=fitting)
+        folder = Path(checkpoint_path)
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            return shards.load(self.model, folder)
+        self.load(self.lightning_module, shards.whole_state(folder))
+        return shards.load_client_state(folder)
 
 
 def _use_cpu() -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from ds_lightning.callbacks import ExpertLoad, RoutingBias, SkipSteps, Watchdog, WeightCheck
+from ds_lightning.callbacks import ExpertLoad, ReplicaCheck, RoutingBias, SkipSteps, Watchdog
 from ds_lightning.optim import Stairs
 from ds_lightning.training import PretrainModule
 from ds_lightning.user_errors import RunFailedError
@@ -121,7 +121,7 @@ def flip(runs: str) -> list[list[Any]]:
     results = []
     for run, step, name in json.loads(runs):
         made = Curves()
-        error = train(run, Flip(step, name), WeightCheck(every_n_steps=2), made)["error"]
+        error = train(run, Flip(step, name), ReplicaCheck(every_n_steps=2), made)["error"]
         results.append([error, len(made.points)])
     return results
 

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(function: str, *arguments: str, ranks: int = 2, seconds: float = 500.0, **more: str) -> list[Any]:
+def run_ranks(function: str, *arguments: str, ranks: int = 2, seconds: float = 560.0, **more: str) -> list[Any]:
     """Call a function in every rank, and return what they return.
 
     Args:
@@ -37,19 +37,10 @@ def run_ranks(function: str, *arguments: str, ranks: int = 2, seconds: float = 5
                 **{"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
                 **{"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more},
             }
-            command = [
-                sys.executable,
-                "-m",
-                "tests.training.ranks",
-                str(seconds),
-                f"{folder}/{rank}.pt",
-                function,
-                *arguments,
-            ]
+            command = [sys.executable, "-m", "tests.training.ranks", str(seconds), f"{folder}/{rank}.pt", function]
+            command += arguments
             log = open(f"{folder}/{rank}.log", "w+")  # noqa: SIM115
-            processes.append(
-                (subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log), log)
-            )
+            processes.append((subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log), log))
         try:
             deadline = time.monotonic() + seconds
             while any(process.poll() is None for process, _ in processes) and time.monotonic() < deadline:

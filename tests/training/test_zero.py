@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
@@ -29,17 +30,14 @@ pytestmark = pytest.mark.slow
 Result = dict[str, Any]
 
 RUNS = {
-    **{
-        f"{stage} {accumulate}": settings(stage=stage, accumulate=accumulate)
-        for stage in (1, 2, 3)
-        for accumulate in (1, 4)
-    },
-    **{f"starved {stage}": settings(stage=stage, starve=True) for stage in (1, 2, 3)},
-    **{f"broken {stage}": settings(stage=stage, nan_at=2) for stage in (1, 2, 3)},
-    "offloaded": settings(stage=3, offload=True),
+    **{f"{stage} starved": settings(stage=stage, starve=True) for stage in (1, 2, 3)},
+    **{f"{stage} accumulating": settings(stage=stage, accumulate=4) for stage in (1, 2, 3)},
+    "2 broken": settings(stage=2, nan_at=2),
+    "3 broken": settings(stage=3, nan_at=2),
+    "offloaded": settings(stage=3, offload=True, module={"lr": 1e-2, "eps": 1e-3, "recompute": True}),
     "bf16": settings(stage=3, precision="bf16-mixed"),
-    "recomputed": settings(stage=3, module={"lr": 1e-2, "eps": 1e-3, "recompute": True}),
-    "stock": settings(stage=2, accumulate=4, stock=True),
+    "ours": settings(stage=2, accumulate=4, clip=None),
+    "stock": settings(stage=2, accumulate=4, clip=None, stock=True),
 }
 
 
@@ -75,9 +73,7 @@ def test_the_run_is_one_that_could_differ(one: dict[bool, Result]) -> None:
     assert all(bias.any() for bias in biases[-1].values())
 
 
-@pytest.mark.parametrize(
-    "name", [*(f"{stage} {accumulate}" for stage in (1, 2, 3) for accumulate in (1, 4)), "offloaded", "recomputed"]
-)
+@pytest.mark.parametrize("name", ["1 accumulating", "2 accumulating", "3 accumulating", "offloaded"])
 def test_two_ranks_equal_one_process(ranks: dict[str, list[Result]], one: dict[bool, Result], name: str) -> None:
     for result in ranks[name]:
         assert_equal(result, one[False])
@@ -85,21 +81,21 @@ def test_two_ranks_equal_one_process(ranks: dict[str, list[Result]], one: dict[b
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_experts_without_a_token_on_one_rank_change_nothing(
+def test_they_do_where_experts_get_no_token_on_one_rank(
     ranks: dict[str, list[Result]], one: dict[bool, Result], stage: int
 ) -> None:
-    first, second = ranks[f"starved {stage}"]
+    first, second = ranks[f"{stage} starved"]
     idle = second["loads"][0] == 0
     assert (idle & (first["loads"][0] > 0)).any(dim=1).all(), "in every layer an expert that one rank alone feeds"
     for result in (first, second):
         assert_equal(result, one[True])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_gradient_that_is_no_number_is_skipped_and_counted_on_all_ranks(
     ranks: dict[str, list[Result]], one: dict[bool, Result], stage: int
 ) -> None:
-    for result in ranks[f"broken {stage}"]:
+    for result in ranks[f"{stage} broken"]:
         points, biases = result["points"], result["biases"]
         assert [point["train/skipped_steps"] for point in points] == [0, 0, 1, 1, 1, 1]
         assert math.isinf(points[2]["train/grad_norm"])
@@ -109,14 +105,15 @@ def test_a_gradient_that_is_no_number_is_skipped_and_counted_on_all_ranks(
         assert points[1]["train/loss"] == pytest.approx(one[False]["points"][1]["train/loss"], rel=1e-6)
 
 
-def test_lightnings_own_precision_divides_twice(ranks: dict[str, list[Result]], one: dict[bool, Result]) -> None:
-    stock, ours = ranks["stock"][0], ranks["2 4"][0]
-    assert "train/skipped_steps" not in stock["points"][0]
-    change = [
-        sum(float((result["weights"][name] - weight).square().sum()) for name, weight in one[False]["weights"].items())
-        for result in (ours, stock)
-    ]
-    assert change[1] > 1e6 * change[0]
+def test_lightnings_own_precision_divides_twice(ranks: dict[str, list[Result]]) -> None:
+    one = train(settings(clip=None))["weights"]  # clipping would hide most of it
+    ours, stock = (
+        max(float((ranks[name][0]["weights"][key] - weight).abs().max()) for key, weight in one.items())
+        for name in ("ours", "stock")
+    )
+    assert "train/skipped_steps" not in ranks["stock"][0]["points"][0]
+    assert ours < 2e-5, "as above, with a norm of 3"
+    assert stock > 100 * ours
 
 
 def test_buffers_are_exact_where_weights_are_bfloat16(ranks: dict[str, list[Result]]) -> None:
@@ -144,7 +141,7 @@ def test_floats_of_a_batch_are_left_alone() -> None:
 
 def test_a_cpu_is_a_device() -> None:
     stock, ours = DeepSpeedStrategy(), trainer_of(settings(stage=2)).strategy
-    stock.accelerator = ours.accelerator
+    stock.accelerator = CPUAccelerator()
     with pytest.raises(RuntimeError, match="only supported on CUDA"):
         stock.setup_environment()
     assert isinstance(ours, ZeRO)

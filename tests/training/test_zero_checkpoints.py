@@ -139,3 +139,12 @@ def test_a_full_disk_at_the_end_fails_all_ranks_and_spares_the_old_checkpoint(ra
     assert first["error"] == "OSError: [Errno 27] File too large on rank 1"
     assert second["error"] == "OSError: [Errno 27] File too large"
     assert first["saved"] == second["saved"] == ["step-00000002", "step-00000004"]
+
+
+def test_a_bit_that_one_rank_holds_alone_ends_the_run_on_all(ranks: list[dict[str, Any]]) -> None:
+    start = "RunFailedError: step 3: model.lm_head.weight differs on ranks 0, 1 of 2, as do 1 of "
+    for rank, error in zip(ranks, (start, "SystemExit: 1"), strict=True):
+        run = rank["flipped"]
+        assert len(run["points"]) == 3
+        assert run["error"].startswith(error)
+        assert run["saved"] == ["step-00000002"]

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from ds_lightning.callbacks import Checkpoints, Preemption, RoutingBias
+from ds_lightning.callbacks import Checkpoints, Preemption, ReplicaCheck, RoutingBias
 from ds_lightning.training import checkpoint
 from tests.training.toy_zero import Curves, Toy, rows_of, settings, trainer_of, whole_weights
 
@@ -46,7 +46,7 @@ def attempt(folder: Path, stage: int, *callbacks: Callback, seed: int, every: in
     try:
         rows = rows_of(run, trainer, first)
         trainer.fit(module, rows, ckpt_path=None if newest is None else newest / checkpoint.STATE)
-    except OSError as raised:
+    except (OSError, RuntimeError, SystemExit) as raised:
         error = f"{type(raised).__name__}: {raised}"
     trainer.strategy.barrier()
     return {
@@ -88,6 +88,24 @@ def full_disk(folder: str) -> list[dict[str, Any]]:
     return [passing, lasting]
 
 
+def flipped(folder: str) -> dict[str, Any]:
+    """Turn the lowest bit of one weight of rank 1 in the third step, and compare after every step."""
+
+    class Flip(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if (trainer.global_rank, batch_idx) == (1, 5):
+                pl_module.model.lm_head.weight.data.view(torch.int32)[3, 4] ^= 1
+
+    return attempt(Path(folder) / "flipped", 2, Flip(), ReplicaCheck(every_n_steps=1), seed=10)
+
+
+def faults(folder: str) -> dict[str, Any]:
+    """Everything that goes wrong."""
+    return {"full disk": full_disk(folder), "flipped": flipped(folder)}
+
+
 def main(folder: str) -> dict[str, Any]:
     """All of it."""
-    return {"resume": resume(folder, "123"), "full disk": full_disk(folder)}
+    return {"resume": resume(folder, "123"), **faults(folder)}
