@@ -212,7 +212,8 @@ class DeepSeekModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the counters."""
-        self.tokens_seen, self.skipped_steps = checkpoint["tokens_seen"], checkpoint["skipped_steps"]
+        self.tokens_seen = checkpoint["tokens_seen"]
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)  # a run from before skips were counted had none
 
     @property
     def _built(self) -> DeepSeek:

@@ -93,7 +93,7 @@ def test_a_rank_that_sleeps_is_named_and_ends_the_run_on_all(tmp_path: Path, sta
     host = socket.gethostname()
     assert len(lines) == 1
     assert lines[0].startswith(
-        f"ds-lightning: rank 1 of 2 hangs: nothing has moved for 4 s, rank 1 on {host} is at callbacks/toy_faults.py:"
+        f"ds-lightning: rank 1 of 2 hangs: nothing has moved for 30 s, rank 1 on {host} is at callbacks/toy_faults.py:"
     )
     assert f"in training_step (forward of step 3), while others wait in {waits_in} of step 3;" in lines[0]
     assert lines[0] in said[0]

@@ -99,7 +99,7 @@ def hang(folder: str, stage: str) -> None:
     """Train until the watchdog ends it."""
     run = breaking({}, stage=int(stage))
     module = Hanging({}, **run["module"])
-    trainer = start(run, Watchdog(timeout=4.0), default_root_dir=folder)
+    trainer = start(run, Watchdog(timeout=30.0), default_root_dir=folder)
     trainer.fit(module, rows_of(run, trainer))
 
 

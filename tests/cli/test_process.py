@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ds_lightning import cli, training_cli
+from ds_lightning.user_errors import RunFailedError
 from tests.cli.command_line import CommandLine
 from tests.e2e.command import start
 
@@ -50,6 +51,7 @@ def test_a_bug_keeps_its_traceback(command: CommandLine, monkeypatch: pytest.Mon
         (KeyboardInterrupt(), 1, "interrupted"),
         (MemoryError(), 1, "out of memory"),
         (MemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
+        (RunFailedError("step 5: the loss is nan"), 1, "step 5: the loss is nan"),
         (PermissionError(13, "Permission denied", "x"), 2, "x: Permission denied"),
         (OSError(28, "No space left on device", "a", None, "b"), 1, "b: No space left on device"),
         (OSError("no number\nand two lines"), 1, "no number and two lines"),

@@ -203,10 +203,10 @@ def test_tokens_are_counted_once_a_step_where_the_strategy_accumulates_itself() 
 
 def test_tokens_seen_come_back_from_a_checkpoint() -> None:
     module, other, checkpoint = build(), build(), dict[str, Any]()
-    module.tokens_seen = 123
+    module.tokens_seen, module.skipped_steps = 123, torch.tensor(4)
     module.on_save_checkpoint(checkpoint)
     other.on_load_checkpoint(checkpoint)
-    assert other.tokens_seen == 123
+    assert (other.tokens_seen, other.skipped_steps) == (123, 4)
 
 
 @pytest.mark.parametrize("limit", [None, 0, 0.25, 1e6])
