@@ -80,8 +80,8 @@ def start(folder: Path, stage: int) -> list[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "waits_in"), [(0, "backward"), (3, "forward")])
-def test_a_rank_that_sleeps_is_named_and_ends_the_run_on_all(tmp_path: Path, stage: int, waits_in: str) -> None:
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_rank_that_sleeps_is_named_and_ends_the_run_on_all(tmp_path: Path, stage: int) -> None:
     processes = start(tmp_path, stage)
     try:
         said = [process.communicate(timeout=240)[1] for process in processes]
@@ -95,6 +95,6 @@ def test_a_rank_that_sleeps_is_named_and_ends_the_run_on_all(tmp_path: Path, sta
     assert lines[0].startswith(
         f"ds-lightning: rank 1 of 2 hangs: nothing has moved for 30 s, rank 1 on {host} is at callbacks/toy_faults.py:"
     )
-    assert f"in training_step (forward of step 3), while others wait in {waits_in} of step 3;" in lines[0]
+    assert "in training_step (forward of step 3), while others wait in forward of step 3;" in lines[0]
     assert lines[0] in said[0]
     assert "in training_step" in said[1], "the stack of the rank that hangs"
