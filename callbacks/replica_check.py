@@ -19,8 +19,9 @@ class ReplicaCheck(Callback):
     happens before the step, while the weights are those that the gradient came from: under ZeRO the step writes them
     anew from the shards, and a flipped bit has then done its damage unseen.
 
-    Under ZeRO stage 3, where weights are sharded, buffers are what is left to compare. What one rank alone holds
-    (shards, the states of their optimizer) nothing compares.
+    Under ZeRO stage 3, where weights are sharded, buffers are what is left to compare. DDP copies buffers from rank 0
+    in every forward, so they are alike there. What one rank alone holds (shards, the states of their optimizer)
+    nothing compares.
 
     Args:
         every_n_steps: Optimizer steps between two comparisons; the first is before the first step.
