@@ -20,7 +20,7 @@ from ds_lightning.callbacks.cost_ledger import CostLedger
 from ds_lightning.cost.heartbeat import Heartbeat, read_heartbeat
 from ds_lightning.training.failure import wait_for_launcher
 
-_LOOKS = 20  # in a time-out: so much later than it a hang is found
+_BEAT_SECONDS = 1.0  # between two writes; a process that is stopped may have gone on for so long after its last
 _FLUSH_SECONDS = 5.0
 
 
@@ -144,6 +144,7 @@ class _Watch:
 
     def __init__(self, watchdog: Watchdog, trainer: Trainer, attempt: int, timeout: float) -> None:
         self.watchdog, self.trainer, self.attempt, self.timeout = watchdog, trainer, attempt, timeout
+        self.beat = min(_BEAT_SECONDS, timeout / 20)
         self.rank, self.ranks = trainer.global_rank, trainer.world_size
         self.folder = Path(trainer.default_root_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -157,12 +158,12 @@ class _Watch:
         Looks are counted, and not seconds: while all processes are stopped, as with a suspended machine, none happens.
         """
         position, idle, suspects = (0, 0), 0, list[int]()
-        while not stop.wait(self.timeout / _LOOKS):
+        while not stop.wait(self.beat):
             now = self._write().position
             if now != position:
                 position, idle, suspects = now, 0, []
             idle += 1
-            if idle > _LOOKS:
+            if idle * self.beat > self.timeout:
                 standings = [self._read(rank) for rank in range(self.ranks)]
                 before, suspects = suspects, behind(standings)
                 if suspects and suspects == before:  # two looks: a file may have been caught while it was written
@@ -177,7 +178,7 @@ class _Watch:
             faulthandler.dump_traceback(file=sys.stderr)
         if self.rank == 0:
             _flush_ledger(self.trainer)
-        time.sleep(2 * self.timeout / _LOOKS)  # until all have seen it
+        time.sleep(3 * self.beat)  # until all have seen it
         wait_for_launcher(self.trainer, _FLUSH_SECONDS)
         for process in getattr(self.trainer.strategy.launcher, "procs", ()):
             process.kill()  # one that is stopped does not end by itself
@@ -220,7 +221,8 @@ def verdict(standings: Sequence[Standing | None], suspects: list[int], timeout: 
         standing = standings[rank]
         if standing is None:
             return f"rank {rank} has not begun to train, or is gone"
-        return f"rank {rank} on {standing.host} is at {standing.place} ({standing.phase} of step {standing.step + 1})"
+        phase = f"{standing.phase} of step {standing.step + 1}"
+        return f"rank {rank} on {standing.host} was last at {standing.place} ({phase})"
 
     front = max((standing for standing in standings if standing is not None), key=lambda standing: standing.position)
     several, where = len(suspects) > 1, "; ".join(tell(rank) for rank in suspects)

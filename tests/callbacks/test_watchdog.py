@@ -37,12 +37,12 @@ def test_behind_are_those_that_the_furthest_wait_for(standings: list[Standing | 
 def test_the_line_names_rank_machine_place_phase_and_step() -> None:
     standings = [standing(9, phase="backward"), standing(8)]
     assert verdict(standings, [1], 300.0) == (
-        "rank 1 of 2 hangs: nothing has moved for 300 s, rank 1 on node7 is at rl/toy.py:33 in score (forward of step "
-        "7), while others wait in backward of step 7; the run ends, and the same command goes on from the newest "
-        "checkpoint"
+        "rank 1 of 2 hangs: nothing has moved for 300 s, rank 1 on node7 was last at rl/toy.py:33 in score (forward "
+        "of step 7), while others wait in backward of step 7; the run ends, and the same command goes on from the "
+        "newest checkpoint"
     )
     assert verdict([standing(9), None, standing(8)], [1, 2], 5.0).startswith(
-        "ranks 1, 2 of 3 hang: nothing has moved for 5 s, rank 1 has not begun to train, or is gone; rank 2 on node7 is"
+        "ranks 1, 2 of 3 hang: nothing has moved for 5 s, rank 1 has not begun to train, or is gone; rank 2 on node7 was"
     )
 
 
@@ -93,7 +93,7 @@ def test_a_rank_that_sleeps_is_named_and_ends_the_run_on_all(tmp_path: Path, sta
     host = socket.gethostname()
     assert len(lines) == 1
     assert lines[0].startswith(
-        f"ds-lightning: rank 1 of 2 hangs: nothing has moved for 30 s, rank 1 on {host} is at callbacks/toy_faults.py:"
+        f"ds-lightning: rank 1 of 2 hangs: nothing has moved for 30 s, rank 1 on {host} was last at callbacks/toy_fau"
     )
     assert "in training_step (forward of step 3), while others wait in forward of step 3;" in lines[0]
     assert lines[0] in said[0]

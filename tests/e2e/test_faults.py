@@ -24,7 +24,6 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on_later(
     run.attempt("SIGSTOP micro_batch 15", status=1)
     (line,) = lines(run)
     assert line.startswith("ds-lightning: rank 1 of 2 hangs: nothing has moved for 30 s, rank 1 on ")
-    assert "interruption.py:" in line
     assert "of step 8; the run ends, and the same command goes on from the newest checkpoint" in line
     assert run.checkpoints() == ["step-00000003", "step-00000006"]
     assert run.ledger()["chain"] == "ok"
