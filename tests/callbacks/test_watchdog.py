@@ -42,7 +42,7 @@ def test_the_line_names_rank_machine_place_phase_and_step() -> None:
         "newest checkpoint"
     )
     assert verdict([standing(9), None, standing(8)], [1, 2], 5.0).startswith(
-        "ranks 1, 2 of 3 hang: nothing has moved for 5 s, rank 1 has not begun to train, or is gone; rank 2 on node7 was"
+        "ranks 1, 2 of 3 hang: nothing has moved for 5 s, rank 1 has not begun to train, or is gone; rank 2 on node7"
     )
 
 
