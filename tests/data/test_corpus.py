@@ -92,7 +92,7 @@ def test_a_package_of_the_standard_library_is_a_part_of_it() -> None:
     part = {document.name: document.text for document in Corpus(["python-stdlib/json"])}
     assert part == {name: text for name, text in whole.items() if name.startswith("json/")}
     assert "json/decoder.py" in part
-    with pytest.raises(FileNotFoundError, match=r"the source python-stdlib/jsn does not exist, expected python-stdlib, "):
+    with pytest.raises(FileNotFoundError, match=r"python-stdlib/jsn does not exist, expected python-stdlib, "):
         list(Corpus(["python-stdlib/jsn"]))
 
 
