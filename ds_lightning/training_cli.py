@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -67,7 +68,7 @@ def run(argv: list[str]) -> int:
         if any(argument.partition("=")[0] == option for argument in argv):
             raise ValueError(f"{option}: not an option, set --model.init_args.total_tokens: the data follow the model")
     try:
-        return TrainingCLI(argv, default_out=_default_out(configs)).exit_status
+        return TrainingCLI(argv, default_out=_default_out(configs)).status_of_process()
     except MisconfigurationException as error:
         raise ValueError(str(error)) from None
     except ValueError as error:
@@ -219,9 +220,26 @@ class TrainingCLI(LightningCLI):
         if options.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(options.out, name="", version="tensorboard", default_hp_metric=False)
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise ValueError(f"trainer: {error}") from None
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = (
+                False  # it saves within the signal's handler; Preemption and the job's script do it
+            )
+        return trainer
+
+    def status_of_process(self) -> int:
+        """Return the exit status of this process.
+
+        Lightning kills a run when a process that it started itself ends with anything but 0, so those leave it to the
+        first one to say how the run ended. Under Slurm or torchrun, which start every process, all of them say it.
+        """
+        environment = self.trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, LightningEnvironment) and environment.local_rank() > 0:
+            return 0
+        return self.exit_status
 
     def _instantiate_trainer(self, config: dict[str, Any], extra: list[Any]) -> Trainer:
         """Leave our progress bar out where none is wanted; Lightning refuses the two together."""
@@ -344,6 +362,8 @@ class TrainingCLI(LightningCLI):
             self.config_init[subcommand]["ckpt_path"] = str(state)
 
     def _export(self, folder: Path) -> None:
+        if not self.trainer.is_global_zero:
+            return
         data = self.datamodule
         save_hf(
             self.model.model,
