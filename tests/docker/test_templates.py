@@ -173,7 +173,7 @@ def test_a_node_calls_torchrun_with_options_that_it_knows(
     command, *options = torchrun.training_script_args
     assert command == "fit"
     trainer = parsed(options, monkeypatch, capsys)["trainer"]
-    assert (trainer["num_nodes"], trainer["devices"], trainer["accelerator"]) == (2, 8, "gpu")
+    assert (trainer["num_nodes"], int(trainer["devices"]), trainer["accelerator"]) == (2, 8, "gpu")
 
 
 def test_a_node_without_its_arguments_says_what_it_expects() -> None:
