@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from dataclasses import asdict
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -30,7 +31,9 @@ from ds_lightning.report import PAGE, check_ours, write_run_page
 from ds_lightning.report.curves import read_curves
 from ds_lightning.stage_figures import stage_figures
 from ds_lightning.summary import REPORT, read_report, summary_table, write_report
-from ds_lightning.training import checkpoint
+from ds_lightning.training import ZeRO, checkpoint
+from ds_lightning.training.export import build_model, load_weights
+from ds_lightning.training.module import DeepSeekModule
 from ds_lightning.training.run_folder import check_run_folder, read_config, value_at, write_config
 from ds_lightning.user_errors import one_line, writing
 
@@ -68,7 +71,7 @@ def run(argv: list[str]) -> int:
         if any(argument.partition("=")[0] == option for argument in argv):
             raise ValueError(f"{option}: not an option, set --model.init_args.total_tokens: the data follow the model")
     try:
-        return TrainingCLI(argv, default_out=_default_out(configs)).status_of_process()
+        return TrainingCLI(argv, default_out=_default_out(configs)).exit_status
     except MisconfigurationException as error:
         raise ValueError(str(error)) from None
     except ValueError as error:
@@ -225,21 +228,8 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"trainer: {error}") from None
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):
-            environment.auto_requeue = (
-                False  # it saves within the signal's handler; Preemption and the job's script do it
-            )
+            environment.auto_requeue = False  # its handler saves wherever the signal comes; Preemption is for that
         return trainer
-
-    def status_of_process(self) -> int:
-        """Return the exit status of this process.
-
-        Lightning kills a run when a process that it started itself ends with anything but 0, so those leave it to the
-        first one to say how the run ended. Under Slurm or torchrun, which start every process, all of them say it.
-        """
-        environment = self.trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, LightningEnvironment) and environment.local_rank() > 0:
-            return 0
-        return self.exit_status
 
     def _instantiate_trainer(self, config: dict[str, Any], extra: list[Any]) -> Trainer:
         """Leave our progress bar out where none is wanted; Lightning refuses the two together."""
@@ -257,6 +247,8 @@ class TrainingCLI(LightningCLI):
         out = Path(self._options.out)
         check_run_folder(out, self.config_dump)
         check_ours(out / PAGE)
+        if isinstance(self.model, DeepSeekModule):
+            self.model.check_strategy(self.trainer.strategy)  # here once, in its setup on every rank
         if self._options.calibration is not None:
             Calibration.read(self._options.calibration)
         self.trainer.callbacks.append(WriteConfig(out, self.config_dump))  # type: ignore[attr-defined]
@@ -266,7 +258,8 @@ class TrainingCLI(LightningCLI):
         """Train; of a finished run, show what it brought."""
         report = self._report_of_finished_run(kwargs.get("ckpt_path"))
         if report is not None:
-            Console().print(summary_table(report))
+            if self.trainer.is_global_zero:
+                Console().print(summary_table(report))
         elif self._is_paid_for(started=kwargs.get("ckpt_path") is not None):
             if kwargs.get("ckpt_path") is not None:
                 self.model.weights = None  # the checkpoint has them, and Lightning tells the module of it too late
@@ -285,8 +278,7 @@ class TrainingCLI(LightningCLI):
             return True
         if not started:
             raise ValueError(missing)
-        print(f"{missing}; ds-lightning export {out} exports what was reached", file=sys.stderr)
-        self.exit_status = 3
+        self._stop_early(f"{missing}; ds-lightning export {out} exports what was reached")
         return False
 
     def _report_of_finished_run(self, state: str | None) -> dict[str, Any] | None:
@@ -304,12 +296,11 @@ class TrainingCLI(LightningCLI):
     def _conclude(self) -> None:
         """Measure and export the final weights, and print what the run brought and cost."""
         if self._callback("preemption").preempted:
-            print(f"stopped early; the same command goes on from {self._options.out}", file=sys.stderr)
-            self.exit_status = 3
+            self._stop_early(f"stopped early; the same command goes on from {self._options.out}")
             return
         budget = self._callback("budget")
         if budget.reached:
-            self.exit_status = 3
+            self._stop_early("")
         out, cost = Path(self._options.out), self._callback("cost")
         samples = self._callback("samples")
         # A validation of its own resets what the callbacks and the module hold of training.
@@ -322,7 +313,7 @@ class TrainingCLI(LightningCLI):
             self.trainer.limit_val_batches = 1.0
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        else:
+        elif self.trainer.is_global_zero:
             print("the budget leaves nothing for the last validation", file=sys.stderr)
         if self.trainer.is_global_zero:
             for logger in tensorboard_loggers(self.trainer):
@@ -332,6 +323,13 @@ class TrainingCLI(LightningCLI):
             Console().print(summary_table(write_report(out, figures)))
             write_calibration(out)
             print(f"report: {write_run_page(out)}")
+
+    def _stop_early(self, why: str) -> None:
+        """Say why, and end with status 3: from rank 0, since a process that another started must end with 0."""
+        if self.trainer.is_global_zero:
+            self.exit_status = 3
+            if why:
+                print(why, file=sys.stderr)
 
     def before_validate(self) -> None:
         """Measure the newest valid checkpoint of the run folder, if no other is named."""
@@ -350,7 +348,7 @@ class TrainingCLI(LightningCLI):
         folder, path = Path(self._options.out) / "checkpoints", self._options.ckpt_path
         if path is None:
             path, skipped = checkpoint.newest_valid(folder)
-            for reason in skipped:
+            for reason in skipped if self.trainer.is_global_zero else ():
                 print(reason, file=sys.stderr)
         else:
             checkpoint.verify(Path(path))
@@ -358,21 +356,30 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"{folder} has no valid checkpoint, expected one of a run: name its folder with --out")
         if path is not None:
             state = Path(path) if Path(path).name == checkpoint.STATE else Path(path) / checkpoint.STATE
-            print(f"going on from {state.parent}", file=sys.stderr)
+            strategy = self.trainer.strategy
+            stage = strategy.stage if isinstance(strategy, ZeRO) else 0
+            checkpoint.check_layout(state.parent, ranks=self.trainer.world_size, zero_stage=stage)
+            if self.trainer.is_global_zero:
+                print(f"going on from {state.parent}", file=sys.stderr)
             self.config_init[subcommand]["ckpt_path"] = str(state)
 
     def _export(self, folder: Path) -> None:
-        if not self.trainer.is_global_zero:
-            return
-        data = self.datamodule
-        save_hf(
-            self.model.model,
-            folder,
-            tokenizer_file=data.tokenizer_file,
-            eos_token_id=data.eos_id,
-            pad_token_id=data.pad_id,
-            overwrite=True,
-        )
+        """Write the weights from one process; those that are sharded come from the last checkpoint, in fp32."""
+        data, model = self.datamodule, self.model.model
+        if self.trainer.is_global_zero:
+            if isinstance(self.trainer.strategy, ZeRO):
+                newest, _ = checkpoint.newest_valid(Path(self._options.out) / "checkpoints")
+                assert newest is not None, "a run that came to its end has saved it"
+                model = build_model(asdict(self.model.config), load_weights(newest))
+            save_hf(
+                model,
+                folder,
+                tokenizer_file=data.tokenizer_file,
+                eos_token_id=data.eos_id,
+                pad_token_id=data.pad_id,
+                overwrite=True,
+            )
+        self.trainer.strategy.barrier("export")
 
     def _planned(self) -> dict[str, Any]:
         """Return the settings that say how long the run is: with others, a finished run goes on."""

@@ -7,7 +7,7 @@ than 0; and Lightning's own choice of an environment from what Slurm tells.
 from typing import Any
 
 import pytest
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 
 from ds_lightning.training_cli import TrainingCLI
@@ -46,21 +46,16 @@ def test_lightning_does_not_requeue_the_job_itself(
     assert not environment.auto_requeue
 
 
-def test_a_process_that_lightning_started_leaves_the_status_to_the_first(
-    own: CommandLine, trainers: list[Trainer], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("first", "status"), [(True, 3), (False, 0)])
+def test_the_first_rank_says_how_a_run_ended(
+    own: CommandLine, trainers: list[Trainer], monkeypatch: pytest.MonkeyPatch, first: bool, status: int
 ) -> None:
     own(*FIT)
     cli = object.__new__(TrainingCLI)
-    cli.exit_status, cli.trainer = 3, trainers[0]
-    connector = trainers[0]._accelerator_connector
-    for environment, rank, status in (
-        (LightningEnvironment(), 0, 3),
-        (LightningEnvironment(), 1, 0),
-        (TorchElasticEnvironment(), 1, 3),
-    ):
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        connector.cluster_environment = environment
-        assert cli.status_of_process() == status
+    cli.exit_status, cli.trainer = 0, trainers[0]
+    monkeypatch.setattr(Trainer, "is_global_zero", first)
+    cli._stop_early("stopped")
+    assert cli.exit_status == status
 
 
 def test_one_rank_writes_the_weights(

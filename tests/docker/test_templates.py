@@ -162,7 +162,7 @@ def test_a_node_calls_torchrun_with_options_that_it_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in(tmp_path, "torchrun", 'printf "%s\\n" "$@"')
-    given = ["2", "8", "10.0.0.1", "--config", "configs/pretrain/small.yaml", "--config", "configs/trainer/ddp8.yaml"]
+    given = ["2", "8", "10.0.0.1", "--config", "configs/pretrain/small.yaml", "--config", "configs/trainer/zero2.yaml"]
     done = subprocess.run(
         [DOCKER / "torchrun/node", *given], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True
     )
