@@ -9,7 +9,7 @@ import pytest
 from ds_lightning.cli import DONE, FAILED, STOPPED, WRONG_INPUT
 from tests.docker.test_templates import DOCKER, parsed, stand_in
 
-OPTIONS = ["--config", "configs/pretrain/small.yaml", "--config", "configs/trainer/zero2.yaml"]
+OPTIONS = ["--config", "configs/pretrain/small.yaml", "--config", "configs/trainer/ddp8.yaml"]
 CHECKPOINT = 'mkdir -p "$RUN/checkpoints/step-00000020"'
 REPORT = 'date +%N > "$RUN/report.json"'
 

@@ -33,6 +33,8 @@ def parsed(options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         run(["fit", *options, "--print_config"])
     assert leaving.value.code in (0, None)
     config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    sharded = "ZeRO" in str(config["trainer"]["strategy"])
+    assert not (sharded and config["model"]["init_args"]["optimizer"] == "muon"), "which the module refuses"
     return config
 
 
@@ -125,7 +127,7 @@ def test_the_pods_of_a_job_set_find_each_other_and_count_alike(
     assert command == "fit"
     trainer = parsed(options, monkeypatch, capsys)["trainer"]
     assert spec["parallelism"] == spec["completions"] == trainer["num_nodes"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == trainer["devices"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(trainer["devices"])
     name, (replicated,) = JOBSET["metadata"]["name"], JOBSET["spec"]["replicatedJobs"]
     environment = {variable["name"]: variable for variable in container["env"]}
     assert environment["MASTER_ADDR"]["value"] == f"{name}-{replicated['name']}-0-0.{name}"
@@ -162,7 +164,7 @@ def test_a_node_calls_torchrun_with_options_that_it_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in(tmp_path, "torchrun", 'printf "%s\\n" "$@"')
-    given = ["2", "8", "10.0.0.1", "--config", "configs/pretrain/small.yaml", "--config", "configs/trainer/zero2.yaml"]
+    given = ["2", "8", "10.0.0.1", "--config", "configs/pretrain/small.yaml", "--config", "configs/trainer/ddp8.yaml"]
     done = subprocess.run(
         [DOCKER / "torchrun/node", *given], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True
     )
@@ -199,24 +201,30 @@ def page_commands() -> list[list[str]]:
 
 
 def fit_options(words: list[str]) -> list[str] | None:
-    """Return the options of ``ds-lightning fit`` in a command of the page; none: it makes no run."""
+    """Return the options of ``ds-lightning fit`` in a command of the page, ranks included; none: it makes no run."""
     if words[:2] == ["ds-lightning", "fit"]:
         return words[2:]
     if "docker/slurm/fit.sbatch" in words:
-        return words[words.index("docker/slurm/fit.sbatch") + 2 :]
+        nodes = words[words.index("--nodes") + 1] if "--nodes" in words else "2"
+        return [*words[words.index("docker/slurm/fit.sbatch") + 2 :], "--trainer.num_nodes", nodes]
     if words[0] == "docker/torchrun/node":
-        return words[4:]
-    return words[words.index("--") + 1 :] if "scripts/two_nodes" in words else None
+        return [*words[4:], "--trainer.num_nodes", words[1], "--trainer.devices", words[2]]
+    if words[0] == "scripts/two_nodes":
+        return [*words[words.index("--") + 1 :], "--trainer.num_nodes", "2", "--trainer.devices", "1"]
+    return None
 
 
 RUNS = [options for words in page_commands() if (options := fit_options(words)) is not None]
 
 
 @pytest.mark.parametrize("options", RUNS, ids=" ".join)
-def test_every_run_of_the_page_parses(
+def test_every_run_of_the_page_parses_and_its_batch_divides(
     options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert parsed(options, monkeypatch, capsys)["trainer"]
+    config = parsed(options, monkeypatch, capsys)
+    trainer = config["trainer"]
+    ranks = int(trainer["devices"]) * trainer["num_nodes"]
+    assert config["data"]["init_args"]["batch_size"] % (ranks * trainer["accumulate_grad_batches"]) == 0
 
 
 def test_every_file_that_the_page_calls_is_there() -> None:
