@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -325,11 +325,12 @@ class TrainingCLI(LightningCLI):
             print(f"report: {write_run_page(out)}")
 
     def _stop_early(self, why: str) -> None:
-        """Say why, and end with status 3: from rank 0, since a process that another started must end with 0."""
-        if self.trainer.is_global_zero:
+        """Say why, and end with status 3, which every scheduler sees; a process that Lightning started must end with 0."""
+        environment = self.trainer._accelerator_connector.cluster_environment
+        if not (isinstance(environment, LightningEnvironment) and environment.local_rank() > 0):
             self.exit_status = 3
-            if why:
-                print(why, file=sys.stderr)
+        if why and self.trainer.is_global_zero:
+            print(why, file=sys.stderr)
 
     def before_validate(self) -> None:
         """Measure the newest valid checkpoint of the run folder, if no other is named."""

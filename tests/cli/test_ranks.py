@@ -7,7 +7,12 @@ than 0; and Lightning's own choice of an environment from what Slurm tells.
 from typing import Any
 
 import pytest
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch import Trainer
 
 from ds_lightning.training_cli import TrainingCLI
@@ -46,14 +51,23 @@ def test_lightning_does_not_requeue_the_job_itself(
     assert not environment.auto_requeue
 
 
-@pytest.mark.parametrize(("first", "status"), [(True, 3), (False, 0)])
-def test_the_first_rank_says_how_a_run_ended(
-    own: CommandLine, trainers: list[Trainer], monkeypatch: pytest.MonkeyPatch, first: bool, status: int
+@pytest.mark.parametrize(
+    ("environment", "rank", "status"),
+    [(LightningEnvironment, 0, 3), (LightningEnvironment, 1, 0), (TorchElasticEnvironment, 1, 3)],
+)
+def test_a_process_that_lightning_started_leaves_the_status_to_the_first(
+    own: CommandLine,
+    trainers: list[Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    environment: type[ClusterEnvironment],
+    rank: int,
+    status: int,
 ) -> None:
     own(*FIT)
     cli = object.__new__(TrainingCLI)
     cli.exit_status, cli.trainer = 0, trainers[0]
-    monkeypatch.setattr(Trainer, "is_global_zero", first)
+    trainers[0]._accelerator_connector.cluster_environment = environment()
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
     cli._stop_early("stopped")
     assert cli.exit_status == status
 

@@ -31,8 +31,8 @@ def test_every_gpu_of_the_job_is_the_trainers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, _, called = batch(tmp_path, "", DONE)
-    assert called[:3] == ["--kill-on-bad-exit=1", ".venv/bin/ds-lightning", "fit"]
-    config = parsed(called[3:], monkeypatch, capsys)
+    assert called[:4] == ["--kill-on-bad-exit=0", "--wait=120", ".venv/bin/ds-lightning", "fit"]
+    config = parsed(called[4:], monkeypatch, capsys)
     assert (config["trainer"]["num_nodes"], int(config["trainer"]["devices"])) == (2, 8)
     assert config["out"] == str(tmp_path / "run")
 

@@ -15,7 +15,7 @@ from tests.e2e.command import ROOT, Run, config
 
 SRUN = """#!/usr/bin/env bash
 # Starts the two tasks of a job on one node, and ends with the highest of their statuses.
-shift 2
+while [ "$1" != fit ]; do shift; done
 status=0
 for rank in 0 1; do
   SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$PYTHON" -m ds_lightning "$@" &
