@@ -325,7 +325,7 @@ class TrainingCLI(LightningCLI):
             print(f"report: {write_run_page(out)}")
 
     def _stop_early(self, why: str) -> None:
-        """Say why, and end with status 3, which every scheduler sees; a process that Lightning started must end with 0."""
+        """Say why, and end with status 3; a process that Lightning started has to end with 0."""
         environment = self.trainer._accelerator_connector.cluster_environment
         if not (isinstance(environment, LightningEnvironment) and environment.local_rank() > 0):
             self.exit_status = 3
