@@ -4,7 +4,10 @@ The oracles: Lightning's observer of the processes that it started, which kills 
 than 0; and Lightning's own choice of an environment from what Slurm tells.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from lightning.fabric.plugins.environments import (
@@ -18,20 +21,24 @@ from lightning.pytorch import Trainer
 from ds_lightning.training_cli import TrainingCLI
 from tests.cli.command_line import CommandLine
 
-FIT = ("fit", "--config", "run.yaml", "--out", "run", "--model.init_args.total_tokens", "4096")
+FIT = ("fit", "--config", "run.yaml", "--out", "another")
 
 
 @pytest.fixture
-def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
-    """The trainers of the commands that a test calls; they are interrupted before they begin."""
-    made: list[Trainer] = []
+def begun(own: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[[], TrainingCLI]:
+    """Calls the command and interrupts it where training would begin."""
 
-    def fit(trainer: Trainer, **arguments: Any) -> None:
-        made.append(trainer)
+    def fit(cli: TrainingCLI, **arguments: Any) -> None:
+        made.append(cli)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "fit", fit)
-    return made
+    def begin() -> TrainingCLI:
+        assert own(*FIT).status == 1
+        return made.pop()
+
+    made: list[TrainingCLI] = []
+    monkeypatch.setattr(TrainingCLI, "fit", fit)
+    return begin
 
 
 def slurm(monkeypatch: pytest.MonkeyPatch, rank: int = 0, tasks: int = 1) -> None:
@@ -42,11 +49,10 @@ def slurm(monkeypatch: pytest.MonkeyPatch, rank: int = 0, tasks: int = 1) -> Non
 
 
 def test_lightning_does_not_requeue_the_job_itself(
-    own: CommandLine, trainers: list[Trainer], monkeypatch: pytest.MonkeyPatch
+    begun: Callable[[], TrainingCLI], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slurm(monkeypatch)
-    assert own(*FIT).status == 1
-    environment = trainers[0]._accelerator_connector.cluster_environment
+    environment = begun().trainer._accelerator_connector.cluster_environment
     assert isinstance(environment, SLURMEnvironment)
     assert not environment.auto_requeue
 
@@ -56,30 +62,25 @@ def test_lightning_does_not_requeue_the_job_itself(
     [(LightningEnvironment, 0, 3), (LightningEnvironment, 1, 0), (TorchElasticEnvironment, 1, 3)],
 )
 def test_a_process_that_lightning_started_leaves_the_status_to_the_first(
-    own: CommandLine,
-    trainers: list[Trainer],
+    begun: Callable[[], TrainingCLI],
     monkeypatch: pytest.MonkeyPatch,
     environment: type[ClusterEnvironment],
     rank: int,
     status: int,
 ) -> None:
-    own(*FIT)
-    cli = object.__new__(TrainingCLI)
-    cli.exit_status, cli.trainer = 0, trainers[0]
-    trainers[0]._accelerator_connector.cluster_environment = environment()
+    cli = begun()
+    cli.trainer._accelerator_connector.cluster_environment = environment()
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     cli._stop_early("stopped")
     assert cli.exit_status == status
 
 
-def test_one_rank_writes_the_weights(
-    own: CommandLine, trainers: list[Trainer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_rank_writes_the_weights(begun: Callable[[], TrainingCLI], monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[object] = []
     monkeypatch.setattr("ds_lightning.training_cli.save_hf", lambda *arguments, **settings: written.append(arguments))
-    own(*FIT)
-    cli = object.__new__(TrainingCLI)
-    cli.trainer = trainers[0]
-    monkeypatch.setattr(Trainer, "is_global_zero", False)
-    cli._export(own.folder / "weights")
-    assert not written
+    cli = begun()
+    cli.model = cli.datamodule = Mock()
+    for is_first, times in ((False, 0), (True, 1)):
+        monkeypatch.setattr(Trainer, "is_global_zero", is_first)
+        cli._export(Path("weights"))
+        assert len(written) == times
