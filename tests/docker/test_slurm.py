@@ -22,7 +22,7 @@ def batch(folder: Path, does: str, status: int) -> tuple[int, str, list[str]]:
     stand_in(programs, "scontrol", 'echo "$@"')
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "RUN": str(run), "CALLED": str(folder / "called")}
     environment |= {"SLURM_JOB_ID": "42", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
-    command = [DOCKER / "slurm/fit.sbatch", run, *OPTIONS]
+    command: list[str | Path] = [DOCKER / "slurm/fit.sbatch", run, *OPTIONS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout.strip(), (folder / "called").read_text().split()
 

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("how", [[], ["--lose", "0"], ["--silent"]], ids=["killed", "meeting-place", "silent"])
 def test_a_run_that_loses_a_node_ends_with_the_same_weights(folder: Path, how: list[str]) -> None:
-    command = [sys.executable, ROOT / "scripts/two_nodes", "--out", "runs", "--at", "20", *how, "--limit", "800"]
+    command = [sys.executable, str(ROOT / "scripts/two_nodes"), "--out", "runs", "--at", "20", *how, "--limit", "800"]
     options = ["--config", "run.yaml", "--config", str(ROOT / "configs/trainer/zero2.yaml")]
     done = subprocess.run([*command, "--", *options], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -44,7 +44,7 @@ def job(run: Run, interrupt: str | None = None) -> tuple[int, str]:
     environment |= {"SLURM_JOB_ID": f"{os.getpid()}", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "localhost"}
     environment |= {"SLURM_NNODES": "1", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     environment |= {"INTERRUPT": interrupt} if interrupt else {}
-    command = [ROOT / "docker/slurm/fit.sbatch", run.name, "--config", f"{run.name}.yaml"]
+    command: list[str | Path] = [ROOT / "docker/slurm/fit.sbatch", run.name, "--config", f"{run.name}.yaml"]
     done = subprocess.run(command, cwd=run.folder, env=environment, capture_output=True, text=True, timeout=300)
     said = [line for line in done.stdout.splitlines() if line.startswith("requeue")]
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
