@@ -101,6 +101,11 @@ def flipped(folder: str) -> dict[str, Any]:
     return attempt(Path(folder) / "flipped", 2, Flip(), ReplicaCheck(every_n_steps=1), seed=10)
 
 
+def faults(folder: str) -> dict[str, Any]:
+    """Everything that goes wrong."""
+    return {"full disk": full_disk(folder), "flipped": flipped(folder)}
+
+
 def main(folder: str) -> dict[str, Any]:
     """All of it."""
-    return {"resume": resume(folder, "123"), "full disk": full_disk(folder), "flipped": flipped(folder)}
+    return {"resume": resume(folder, "123"), **faults(folder)}
