@@ -51,7 +51,7 @@ def job(run: Run, interrupt: str | None = None) -> tuple[int, str]:
     return done.returncode, "".join(said)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_stopped_on_the_desk_and_in_the_queue_ends_with_the_same_bits(folder: Path) -> None:
     straight = Run(folder, settings(), "straight").attempt()
     stopped = Run(folder, settings(), "stopped").attempt("SIGTERM micro_batch 7", status=3)
