@@ -10,6 +10,7 @@ from ds_lightning.callbacks.expert_load import ExpertLoad
 from ds_lightning.callbacks.pass_at_one import PassAtOne
 from ds_lightning.callbacks.preemption import Preemption
 from ds_lightning.callbacks.progress_bar import ProgressBar
+from ds_lightning.callbacks.replica_check import ReplicaCheck
 from ds_lightning.callbacks.routing_bias import RoutingBias
 from ds_lightning.callbacks.samples import Samples
 from ds_lightning.callbacks.tensorboard_layout import TensorBoardLayout
@@ -23,6 +24,7 @@ __all__ = [
     "PassAtOne",
     "Preemption",
     "ProgressBar",
+    "ReplicaCheck",
     "RoutingBias",
     "Samples",
     "TensorBoardLayout",

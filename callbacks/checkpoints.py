@@ -1,19 +1,20 @@
 """When checkpoints are written, and in which state of Lightning's loops."""
 
 import copy
-import random
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ds_lightning.training import checkpoint
+from ds_lightning.training.random_state import restore_random_state, write_random_state
+from ds_lightning.training.strategy import ZeRO
 
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
 
@@ -46,7 +47,9 @@ class Checkpoints(Checkpoint):
     Checkpoints go to ``checkpoints/`` in the trainer's ``default_root_dir``. A save that fails (a full disk, a
     permission) prints one line and training goes on; ``failed_saves`` counts them. The last save of a run raises.
 
-    The random state of the process is part of the checkpoint (Python, NumPy, torch, CUDA).
+    The random state of every rank is part of the checkpoint (Python, NumPy, torch, CUDA), in a file of its own.
+
+    What goes wrong on one rank goes wrong on all: either every rank has saved, or none has.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
@@ -86,7 +89,6 @@ class Checkpoints(Checkpoint):
         self._loops: dict[str, Any] | None = None  # of the fit loop, at the latest boundary
         self._saving: dict[str, Any] | None = None
         self._unlogged: tuple[int, dict[str, float]] | None = None  # step and metrics of the save, not yet logged
-        self._random_state: dict[str, Any] | None = None
 
     def save_and_stop(self) -> None:
         """End training at the next optimizer step with a checkpoint of it; ``stopped`` then turns true.
@@ -104,7 +106,7 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run of the same callback."""
-        self._random_state = self._unlogged = None
+        self._unlogged = None
         if stage == "fit":
             self._loops = None
             self.stopped = self.hold_off = self._stop_requested = self._at_boundary = False
@@ -116,9 +118,10 @@ class Checkpoints(Checkpoint):
         validation = trainer.fit_loop.epoch_loop.val_loop
         if validation.restarted_mid_evaluation:
             validation.batch_progress.total.reset_on_restart()  # Lightning does so for the current epoch only
-        if self._random_state is not None:
-            _set_random_state(self._random_state)
-            self._random_state = None
+        if trainer.ckpt_path is not None:
+            path = Path(trainer.ckpt_path).with_name(checkpoint.rank_file(trainer.global_rank))
+            for line in restore_random_state(path):
+                _report(line)
         if self._unlogged is not None:
             step, metrics = self._unlogged
             self._unlogged = None
@@ -187,12 +190,11 @@ class Checkpoints(Checkpoint):
         self._unlogged = checkpoint.get("unlogged")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the random state and the number of failed saves."""
-        return {"random": _random_state(), "failed_saves": self.failed_saves}
+        """Return the number of failed saves."""
+        return {"failed_saves": self.failed_saves}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what ``state_dict`` returned until training starts."""
-        self._random_state = state_dict["random"]
+        """Take up what ``state_dict`` returned."""
         self.failed_saves = state_dict["failed_saves"]
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -238,17 +240,45 @@ class Checkpoints(Checkpoint):
         temporary = checkpoint.temporary(folder, self._step)
         self._saving = loops
         try:
-            if trainer.is_global_zero:
-                checkpoint.begin(temporary)
-            trainer.strategy.barrier("Checkpoints.begin")
-            trainer.save_checkpoint(temporary / checkpoint.STATE, weights_only=False)
-            if trainer.is_global_zero:
-                checkpoint.publish(temporary, tokens=tokens)
-            trainer.strategy.barrier("Checkpoints.publish")
+            with _together(trainer):
+                if trainer.is_global_zero:
+                    checkpoint.begin(temporary)
+            state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            with _together(trainer):
+                trainer.strategy.save_checkpoint(state, temporary / checkpoint.STATE)
+                write_random_state(temporary / checkpoint.rank_file(trainer.global_rank))
+            with _together(trainer):
+                if trainer.is_global_zero:
+                    strategy = trainer.strategy
+                    stage = strategy.stage if isinstance(strategy, ZeRO) else 0
+                    checkpoint.publish(temporary, tokens=tokens, ranks=trainer.world_size, zero_stage=stage)
         finally:
             self._saving = None
             if trainer.is_global_zero:
                 checkpoint.discard(temporary)
+
+
+@contextmanager
+def _together(trainer: Trainer) -> Iterator[None]:
+    """Wait for all ranks; an error of the file system on one of them is then raised on all.
+
+    Otherwise the others would wait for it where it never comes.
+    """
+    error: OSError | None = None
+    try:
+        yield
+    except OSError as raised:
+        error = raised
+    if not trainer.strategy.reduce_boolean_decision(error is not None, all=False):
+        return
+    found: list[OSError | None] = [error]
+    if trainer.world_size > 1:
+        found = [None] * trainer.world_size
+        torch.distributed.all_gather_object(found, error)
+    if error is not None:
+        raise error
+    rank, theirs = next((rank, each) for rank, each in enumerate(found) if each is not None)
+    raise OSError(theirs.errno, f"{theirs.strerror} on rank {rank}", theirs.filename)
 
 
 def _leave(trainer: Trainer) -> None:
@@ -301,26 +331,3 @@ def _phase(trainer: Any, name: str) -> AbstractContextManager[Any]:
 
 def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _random_state() -> dict[str, Any]:
-    """The state of every generator, in types that load without unpickling code."""
-    return {
-        "python": random.getstate(),
-        "numpy": [value.tolist() if isinstance(value, np.ndarray) else value for value in np.random.get_state()],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    else:
-        _report(
-            f"random state of {len(state['cuda'])} CUDA devices in the checkpoint, {torch.cuda.device_count()} here: "
-            "not restored, what follows is not bitwise what would have been"
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from dataclasses import asdict
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -29,7 +32,9 @@ from ds_lightning.report import PAGE, check_ours, write_run_page
 from ds_lightning.report.curves import read_curves
 from ds_lightning.stage_figures import stage_figures
 from ds_lightning.summary import REPORT, read_report, summary_table, write_report
-from ds_lightning.training import checkpoint
+from ds_lightning.training import ZeRO, checkpoint
+from ds_lightning.training.export import build_model, load_weights
+from ds_lightning.training.module import DeepSeekModule
 from ds_lightning.training.run_folder import check_run_folder, read_config, value_at, write_config
 from ds_lightning.user_errors import one_line, writing
 
@@ -219,9 +224,13 @@ class TrainingCLI(LightningCLI):
         if options.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(options.out, name="", version="tensorboard", default_hp_metric=False)
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise ValueError(f"trainer: {error}") from None
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # its handler saves wherever the signal comes; Preemption is for that
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], extra: list[Any]) -> Trainer:
         """Leave our progress bar out where none is wanted; Lightning refuses the two together."""
@@ -239,6 +248,8 @@ class TrainingCLI(LightningCLI):
         out = Path(self._options.out)
         check_run_folder(out, self.config_dump)
         check_ours(out / PAGE)
+        if isinstance(self.model, DeepSeekModule):
+            self.model.check_strategy(self.trainer.strategy)  # here once, in its setup on every rank
         if self._options.calibration is not None:
             Calibration.read(self._options.calibration)
         self.trainer.callbacks.append(WriteConfig(out, self.config_dump))  # type: ignore[attr-defined]
@@ -248,7 +259,8 @@ class TrainingCLI(LightningCLI):
         """Train; of a finished run, show what it brought."""
         report = self._report_of_finished_run(kwargs.get("ckpt_path"))
         if report is not None:
-            Console().print(summary_table(report))
+            if self.trainer.is_global_zero:
+                Console().print(summary_table(report))
         elif self._is_paid_for(started=kwargs.get("ckpt_path") is not None):
             if kwargs.get("ckpt_path") is not None:
                 self.model.weights = None  # the checkpoint has them, and Lightning tells the module of it too late
@@ -267,8 +279,7 @@ class TrainingCLI(LightningCLI):
             return True
         if not started:
             raise ValueError(missing)
-        print(f"{missing}; ds-lightning export {out} exports what was reached", file=sys.stderr)
-        self.exit_status = 3
+        self._stop_early(f"{missing}; ds-lightning export {out} exports what was reached")
         return False
 
     def _report_of_finished_run(self, state: str | None) -> dict[str, Any] | None:
@@ -286,12 +297,11 @@ class TrainingCLI(LightningCLI):
     def _conclude(self) -> None:
         """Measure and export the final weights, and print what the run brought and cost."""
         if self._callback("preemption").preempted:
-            print(f"stopped early; the same command goes on from {self._options.out}", file=sys.stderr)
-            self.exit_status = 3
+            self._stop_early(f"stopped early; the same command goes on from {self._options.out}")
             return
         budget = self._callback("budget")
         if budget.reached:
-            self.exit_status = 3
+            self._stop_early("")
         out, cost = Path(self._options.out), self._callback("cost")
         samples = self._callback("samples")
         # A validation of its own resets what the callbacks and the module hold of training.
@@ -304,7 +314,7 @@ class TrainingCLI(LightningCLI):
             self.trainer.limit_val_batches = 1.0
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        else:
+        elif self.trainer.is_global_zero:
             print("the budget leaves nothing for the last validation", file=sys.stderr)
         if self.trainer.is_global_zero:
             for logger in tensorboard_loggers(self.trainer):
@@ -314,6 +324,14 @@ class TrainingCLI(LightningCLI):
             Console().print(summary_table(write_report(out, figures)))
             write_calibration(out)
             print(f"report: {write_run_page(out)}")
+
+    def _stop_early(self, why: str) -> None:
+        """Say why, and end with status 3; a process that Lightning started has to end with 0."""
+        environment = self.trainer._accelerator_connector.cluster_environment
+        if not (isinstance(environment, LightningEnvironment) and environment.local_rank() > 0):
+            self.exit_status = 3
+        if why and self.trainer.is_global_zero:
+            print(why, file=sys.stderr)
 
     def before_validate(self) -> None:
         """Measure the newest valid checkpoint of the run folder, if no other is named."""
@@ -332,7 +350,7 @@ class TrainingCLI(LightningCLI):
         folder, path = Path(self._options.out) / "checkpoints", self._options.ckpt_path
         if path is None:
             path, skipped = checkpoint.newest_valid(folder)
-            for reason in skipped:
+            for reason in skipped if self.trainer.is_global_zero else ():
                 print(reason, file=sys.stderr)
         else:
             checkpoint.verify(Path(path))
@@ -340,19 +358,30 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"{folder} has no valid checkpoint, expected one of a run: name its folder with --out")
         if path is not None:
             state = Path(path) if Path(path).name == checkpoint.STATE else Path(path) / checkpoint.STATE
-            print(f"going on from {state.parent}", file=sys.stderr)
+            strategy = self.trainer.strategy
+            stage = strategy.stage if isinstance(strategy, ZeRO) else 0
+            checkpoint.check_layout(state.parent, ranks=self.trainer.world_size, zero_stage=stage)
+            if self.trainer.is_global_zero:
+                print(f"going on from {state.parent}", file=sys.stderr)
             self.config_init[subcommand]["ckpt_path"] = str(state)
 
     def _export(self, folder: Path) -> None:
-        data = self.datamodule
-        save_hf(
-            self.model.model,
-            folder,
-            tokenizer_file=data.tokenizer_file,
-            eos_token_id=data.eos_id,
-            pad_token_id=data.pad_id,
-            overwrite=True,
-        )
+        """Write the weights from one process; those that are sharded come from the last checkpoint, in fp32."""
+        data, model = self.datamodule, self.model.model
+        if self.trainer.is_global_zero:
+            if isinstance(self.trainer.strategy, ZeRO):
+                newest, _ = checkpoint.newest_valid(Path(self._options.out) / "checkpoints")
+                assert newest is not None, "a run that came to its end has saved it"
+                model = build_model(asdict(self.model.config), load_weights(newest))
+            save_hf(
+                model,
+                folder,
+                tokenizer_file=data.tokenizer_file,
+                eos_token_id=data.eos_id,
+                pad_token_id=data.pad_id,
+                overwrite=True,
+            )
+        self.trainer.strategy.barrier("export")
 
     def _planned(self) -> dict[str, Any]:
         """Return the settings that say how long the run is: with others, a finished run goes on."""

@@ -19,14 +19,25 @@ def init_weights(model: nn.Module, std: float) -> None:
         std: Standard deviation, ``initializer_range``.
     """
     for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.weight.fill_(1.0)
-        elif isinstance(module, Linear | nn.Embedding):
-            module.weight.normal_(0.0, std)
-        elif isinstance(module, Router):
-            module.weight.normal_(0.0, std)
-            if module.e_score_correction_bias is not None:
-                module.e_score_correction_bias.zero_()
-        elif isinstance(module, RoutedExperts):
-            module.gate_up_proj.normal_(0.0, std)
-            module.down_proj.normal_(0.0, std)
+        init_layer(module, std)
+
+
+@torch.no_grad()
+def init_layer(module: nn.Module, std: float) -> None:
+    """Draw the weights that a module holds itself; nothing in one that only holds others.
+
+    Args:
+        module: Any module.
+        std: Standard deviation.
+    """
+    if isinstance(module, RMSNorm):
+        module.weight.fill_(1.0)
+    elif isinstance(module, Linear | nn.Embedding):
+        module.weight.normal_(0.0, std)
+    elif isinstance(module, Router):
+        module.weight.normal_(0.0, std)
+        if module.e_score_correction_bias is not None:
+            module.e_score_correction_bias.zero_()
+    elif isinstance(module, RoutedExperts):
+        module.gate_up_proj.normal_(0.0, std)
+        module.down_proj.normal_(0.0, std)

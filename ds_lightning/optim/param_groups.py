@@ -23,7 +23,7 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
     kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+            is_matrix = _num_dims(parameter) >= 2 and id(parameter) not in embeddings
             (decayed if is_matrix else kept).append(parameter)
     return [
         {"params": group, "weight_decay": decay} for group, decay in ((decayed, weight_decay), (kept, 0.0)) if group
@@ -39,7 +39,9 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """
     hidden: dict[int, int] = {}
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and not name.endswith(("lm_head.weight", "mlp.gate.weight", "embed_tokens.weight")):
+        if _num_dims(parameter) >= 2 and not name.endswith(
+            ("lm_head.weight", "mlp.gate.weight", "embed_tokens.weight")
+        ):
             hidden[id(parameter)] = 2 if name.endswith("gate_up_proj") else 1
     groups = []
     for group in weight_decay_groups(model, weight_decay):
@@ -89,3 +91,8 @@ def _with_embedding_apart(groups: list[dict[str, Any]], model: nn.Module, lr: fl
 
 def _embeddings(model: nn.Module) -> set[int]:
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
+def _num_dims(parameter: nn.Parameter) -> int:
+    """Return the dimensions of a parameter; under ZeRO stage 3 it is empty, and DeepSpeed keeps its shape beside it."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

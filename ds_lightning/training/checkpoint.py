@@ -34,12 +34,16 @@ class Manifest(NamedTuple):
         tokens: Tokens consumed by them.
         sequence: Position in the order of publication, from 1.
         num_bytes: Size of all files but the manifest.
+        ranks: Processes that wrote it.
+        zero_stage: How the state is sharded over them; 0: not at all, the state is one file.
     """
 
     step: int
     tokens: int
     sequence: int
     num_bytes: int
+    ranks: int = 1
+    zero_stage: int = 0
 
 
 class Skipped(NamedTuple):
@@ -50,6 +54,11 @@ class Skipped(NamedTuple):
 
     def __str__(self) -> str:
         return f"skipped checkpoint {self.path}: {self.reason}"
+
+
+def rank_file(rank: int) -> str:
+    """Return the name of the file in a checkpoint with what a rank has for itself: its random state."""
+    return f"rank-{rank:05d}.ckpt"
 
 
 def temporary(folder: Path, step: int) -> Path:
@@ -80,12 +89,14 @@ def discard(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def publish(temporary: Path, *, tokens: int) -> Path:
+def publish(temporary: Path, *, tokens: int, ranks: int = 1, zero_stage: int = 0) -> Path:
     """Make a filled temporary folder a checkpoint, in one atomic rename.
 
     Args:
         temporary: The folder that ``begin`` made, with the state in it.
         tokens: Tokens consumed by the steps completed.
+        ranks: Processes that have written into it; all must be done.
+        zero_stage: How the state is sharded over them.
 
     Returns:
         The checkpoint's folder.
@@ -103,6 +114,8 @@ def publish(temporary: Path, *, tokens: int) -> Path:
         "step": int(match[1]),
         "tokens": tokens,
         "sequence": max((_sequence(path) for path in _published(final.parent)), default=0) + 1,
+        "ranks": ranks,
+        "zero_stage": zero_stage,
         "files": files,
     }
     for path in [temporary, *temporary.rglob("*")]:
@@ -134,6 +147,32 @@ def verify(path: Path) -> Manifest:
     if manifest is None:
         raise ValueError(f"checkpoint {path}: {reason}; resume from another one, or leave the choice to the run")
     return manifest
+
+
+def check_layout(path: Path, *, ranks: int, zero_stage: int) -> None:
+    """Refuse a verified checkpoint whose shards are not those of this run.
+
+    Args:
+        path: The checkpoint's folder.
+        ranks: Processes of the run.
+        zero_stage: How the run shards its state; 0: not at all, whatever the number of ranks.
+
+    Raises:
+        ValueError: If they are not: one line with what to do.
+    """
+    manifest = _inspect(path, contents=False)[1]
+    assert manifest is not None, f"{path} has not been verified"
+    if manifest.zero_stage == zero_stage and (not zero_stage or manifest.ranks == ranks):
+        return
+    raise ValueError(
+        f"checkpoint {path} holds {_layout(manifest.ranks, manifest.zero_stage)}, this run has "
+        f"{_layout(ranks, zero_stage)}: go on with the same trainer.strategy and devices, or export it and start a run "
+        "from its weights (model.init_args.weights)"
+    )
+
+
+def _layout(ranks: int, zero_stage: int) -> str:
+    return f"{ranks} shards of ZeRO stage {zero_stage}" if zero_stage else "a state that is not sharded"
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[Skipped]]:
@@ -270,7 +309,8 @@ def _inspect(path: Path, *, contents: bool) -> tuple[str, Manifest | None]:
         if contents and (digest := _sha256(found[name])) != expected[name]["sha256"]:
             return f"{name} has sha256 {digest}, expected {expected[name]['sha256']}", None
     num_bytes = sum(entry["bytes"] for entry in expected.values())
-    return "", Manifest(body["step"], body["tokens"], body["sequence"], num_bytes)
+    shape = body.get("ranks", 1), body.get("zero_stage", 0)
+    return "", Manifest(body["step"], body["tokens"], body["sequence"], num_bytes, *shape)
 
 
 def _sync(path: Path) -> None:

@@ -12,6 +12,7 @@ from ds_lightning.models import DeepSeek
 from ds_lightning.models.hf import load_hf, save_hf
 from ds_lightning.training import checkpoint
 from ds_lightning.training.run_folder import CONFIG, read_config, value_at
+from ds_lightning.training.shards import whole_state
 
 
 def export_checkpoint(path: Path, folder: Path, *, tokenizer_file: Path | None = None, overwrite: bool = False) -> Path:
@@ -45,9 +46,8 @@ def export_checkpoint(path: Path, folder: Path, *, tokenizer_file: Path | None =
     if own:
         tokenizer = load_tokenizer(tokenizer_file)
         eos_id, pad_id = special_id(tokenizer, END_OF_TEXT), special_id(tokenizer, PAD)
-    state = torch.load(path / checkpoint.STATE, map_location="cpu", weights_only=True)["state_dict"]
     try:
-        model = build_model(fields, state)
+        model = build_model(fields, load_weights(path))
     except (RuntimeError, TypeError) as error:  # of the state and of the fields
         mismatch = str(error).splitlines()[-1].strip()
         raise ValueError(f"{run_dir / CONFIG} does not describe the weights of {path}: {mismatch}") from None
@@ -91,6 +91,20 @@ def import_weights(source: Path, folder: Path, *, overwrite: bool = False) -> in
     tokenizer_file = source / "tokenizer.json"
     save_hf(model, folder, tokenizer_file=tokenizer_file if tokenizer_file.is_file() else None, overwrite=overwrite)
     return param_count(model.config, include_mtp=True)
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the state of the LightningModule in a checkpoint that was verified, brought together from all shards.
+
+    Args:
+        path: The checkpoint's folder.
+    """
+    if (path / checkpoint.STATE).is_dir():
+        return whole_state(path / checkpoint.STATE)
+    state: dict[str, torch.Tensor] = torch.load(path / checkpoint.STATE, map_location="cpu", weights_only=True)[
+        "state_dict"
+    ]
+    return state
 
 
 def build_model(config: dict[str, Any], state: dict[str, torch.Tensor]) -> DeepSeek:

@@ -1,6 +1,7 @@
 """What all training of a DeepSeek model shares: the model, its optimizer and schedule, and the routing biases."""
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from ds_lightning.models.hf import load_hf
 from ds_lightning.nn.moe import Router
 from ds_lightning.ops.topk_gate import Gate
 from ds_lightning.optim import Schedule, WarmupStableDecay, build_optimizer
+from ds_lightning.training.precision import ZeROPrecision
+from ds_lightning.training.strategy import ZeRO
 
 _CHANGEABLE = {"initializer_range", "max_position_embeddings", "rope_scaling"}
 """Fields in which a run may differ from the weights that it starts from: no tensor has another shape or meaning."""
@@ -102,16 +105,29 @@ class DeepSeekModule(pl.LightningModule):
         return min(max(self.planned_progress, self.budget_progress), 1.0)
 
     def setup(self, stage: str) -> None:
-        """Check that gradients are to be clipped as is done here.
+        """Check that gradients are to be clipped as is done here, and that the optimizer suits the strategy.
 
         Raises:
-            ValueError: If they are not.
+            ValueError: If not.
         """
         limit, algorithm = self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
         if limit is not None and not limit >= 0:
             raise ValueError(f"trainer.gradient_clip_val is {limit}, expected 0 or more")
         if algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm is {algorithm.value!r}, expected 'norm'")
+        self.check_strategy(self.trainer.strategy)
+
+    def check_strategy(self, strategy: Any) -> None:
+        """Refuse an optimizer that cannot work under a strategy.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        if self.optimizer == "muon" and isinstance(strategy, ZeRO):
+            raise ValueError(
+                "model.init_args.optimizer is 'muon', which needs whole matrices where ZeRO keeps flat shards of them, "
+                "expected 'adamw' (with a learning rate that suits it) under trainer.strategy ZeRO, or strategy ddp"
+            )
 
     def configure_model(self) -> None:
         """Build the model, where the strategy wants it.
@@ -121,6 +137,8 @@ class DeepSeekModule(pl.LightningModule):
         """
         if self.model is None:
             self.model = DeepSeek(self.config)
+            if self._zero is not None:
+                self._zero.draw(self.model, self.config.initializer_range)
             if self.weights is not None and self.trainer.ckpt_path is None:
                 self._load_weights(self.weights)
             self.model.recompute = self.recompute
@@ -144,14 +162,19 @@ class DeepSeekModule(pl.LightningModule):
     ) -> None:
         """Clip by the global norm, and log the norm before clipping and the learning rate of the step."""
         norm = torch.nn.utils.clip_grad_norm_(self._built.parameters(), gradient_clip_val or float("inf"))
-        self.log("train/grad_norm", norm)
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        self._log_optimizer_step(norm, optimizer)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, and count the tokens of the step, before the schedule of the next one is asked."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             self.tokens_seen += self._step_tokens
+            precision = self.trainer.precision_plugin
+            if isinstance(precision, ZeROPrecision) and precision.outcome is not None:
+                self._log_optimizer_step(precision.outcome.grad_norm, optimizer)
+                self.log("train/skipped_steps", float(precision.outcome.skipped_steps))
+                if not precision.outcome.applied:
+                    self.expert_load = None  # of a forward that may have been as broken as the gradient
 
     @torch.no_grad()
     def step_routing_bias(self) -> None:
@@ -186,12 +209,19 @@ class DeepSeekModule(pl.LightningModule):
         return self.model
 
     @property
+    def _zero(self) -> ZeRO | None:
+        """The strategy, where it is ZeRO."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return strategy if isinstance(strategy, ZeRO) else None
+
+    @property
     def _share(self) -> int:
         """What a micro-batch's loss is multiplied by: Lightning divides by the accumulation and averages over ranks."""
         return int(self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def _load_weights(self, folder: str) -> None:
-        source = load_hf(folder)
+        with self._zero.unsharded() if self._zero is not None else nullcontext():
+            source = load_hf(folder)
         theirs, ours = asdict(source.config), asdict(self.config)
         for name in ours:
             if name not in _CHANGEABLE and theirs[name] != ours[name]:
@@ -199,7 +229,14 @@ class DeepSeekModule(pl.LightningModule):
                     f"{folder} holds a model with {name} {theirs[name]}, the run's config has {ours[name]}, expected "
                     "equal shapes: set the config to that of the weights"
                 )
-        self._built.load_state_dict(source.state_dict())
+        if self._zero is not None:
+            self._zero.load(self._built, source.state_dict())
+        else:
+            self._built.load_state_dict(source.state_dict())
+
+    def _log_optimizer_step(self, norm: Tensor | float, optimizer: Any) -> None:
+        self.log("train/grad_norm", norm)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def _now(self, value: float | Schedule) -> float:
         return value(self.progress) if isinstance(value, Schedule) else value

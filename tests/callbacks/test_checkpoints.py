@@ -128,17 +128,6 @@ def test_validations_in_mid_accumulation_are_neither_lost_nor_repeated(
     assert departures(whole, first, second) == {}
 
 
-def test_random_state_of_other_devices_is_reported_and_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    class Elsewhere(Callback):
-        def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, state: dict[str, Any]) -> None:
-            state["callbacks"]["Checkpoints"]["random"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 9
-
-    Run(tmp_path, At(stop, micro_batch=2), Elsewhere())
-    Run(tmp_path, resume=True)
-    here = torch.cuda.device_count()
-    assert f"random state of 9 CUDA devices in the checkpoint, {here} here: not restored" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("step", [5, 6])
 def test_a_run_that_another_callback_ends_early_can_go_on(tmp_path: Path, straight: dict[int, Run], step: int) -> None:
     class End(Callback):

@@ -143,11 +143,11 @@ def run_until_killed(folder: Path, scenario: str) -> None:
         Run(folder, Preemption(), At(send(signal.SIGKILL), micro_batch=4 * 7 + 2), accumulate=4)
     publish = checkpoint.publish
 
-    def cut(temporary: Path, *, tokens: int) -> Path:
+    def cut(temporary: Path, **facts: Any) -> Path:
         if temporary.name == "step-00000009.tmp":
             os.truncate(temporary / checkpoint.STATE, 1000)
             os.kill(os.getpid(), signal.SIGKILL)
-        return publish(temporary, tokens=tokens)
+        return publish(temporary, **facts)
 
     checkpoint.publish = cut
     Run(folder, Preemption(), accumulate=4)

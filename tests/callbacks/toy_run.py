@@ -251,8 +251,9 @@ class Run:
         return int(self.started_from.name.removeprefix("step-"))
 
     def final_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = torch.load(self.newest / checkpoint.STATE)
-        return state
+        """Return what is in the newest checkpoint, the random state of this process included."""
+        random_state = torch.load(self.newest / checkpoint.rank_file(0))
+        return {**torch.load(self.newest / checkpoint.STATE), "random": random_state}
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

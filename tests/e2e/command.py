@@ -164,6 +164,7 @@ class Run:
         assert newest is not None
         assert skipped == []
         state: dict[str, Any] = torch.load(newest / checkpoint.STATE)
+        state["random"] = torch.load(newest / checkpoint.rank_file(0))
         state["callbacks"].pop("CostLedger")
         return state
 

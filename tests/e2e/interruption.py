@@ -4,7 +4,8 @@
 ``SIGTERM validation 8`` between two batches of the validation after 8 optimizer steps, ``SIGKILL save 9`` in the save
 of step 9 with half of its state on disk, ``SIGKILL saved 9`` as soon as that checkpoint is complete. ``SLEEP`` makes
 the first micro-batch, or the first after as many as ``SLEEP_AT`` says, last that many seconds longer. In the
-environment, so that the config and the command of all attempts are the same.
+environment, so that the config and the command of all attempts are the same. ``INTERRUPT_RANK``
+is the rank that it happens on; none: all.
 """
 
 import os
@@ -28,15 +29,18 @@ class Interruption(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the interruption into the save."""
+        if os.environ.get("INTERRUPT_RANK", str(trainer.global_rank)) != str(trainer.global_rank):
+            self.place = "nowhere"
         publish = checkpoint.publish
 
-        def interrupted(temporary: Path, *, tokens: int) -> Path:
+        def interrupted(temporary: Path, **facts: Any) -> Path:
             state = temporary / checkpoint.STATE
             if self.place == "save" and temporary.name == f"step-{self.number:08d}.tmp":
                 if self.signal == signal.SIGKILL:
-                    os.truncate(state, state.stat().st_size // 2)
+                    file = next(state.rglob("*.pt")) if state.is_dir() else state
+                    os.truncate(file, file.stat().st_size // 2)
                 os.kill(os.getpid(), self.signal)
-            path = publish(temporary, tokens=tokens)
+            path = publish(temporary, **facts)
             if self.place == "saved" and path.name == f"step-{self.number:08d}":
                 os.kill(os.getpid(), self.signal)
             return path

@@ -38,6 +38,10 @@ def test_the_command_loads_no_torch_before_it_needs_it() -> None:
     assert not loaded_by("import ds_lightning.cli") & {"torch", "lightning", "deepspeed"}
 
 
+def test_training_loads_no_deepspeed_before_a_run_asks_for_it() -> None:
+    assert "deepspeed" not in loaded_by("import ds_lightning.training_cli")
+
+
 def test_the_callbacks_folder_names_its_import_where_it_is_imported_by_itself() -> None:
     done = subprocess.run([sys.executable, "-c", "import callbacks"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1

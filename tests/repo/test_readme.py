@@ -23,7 +23,9 @@ PROSE = sorted(
 
 def commands(text: str) -> list[list[str]]:
     """Return the commands in the indented blocks of a page, split into words, without prompts of a path."""
-    lines = re.findall(r"^ {4}((?:ds-lightning|make|\./scripts/|scripts/).*)$", text, flags=re.MULTILINE)
+    lines = re.findall(
+        r"^ {4}((?:ds-lightning|make|\./scripts/|scripts/).*)$", text.replace("\\\n", " "), flags=re.MULTILINE
+    )
     return [shlex.split(line, comments=True) for line in lines]
 
 

@@ -250,3 +250,38 @@ def test_a_folder_that_cannot_be_made_raises_an_os_error_with_its_path(tmp_path:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(FileExistsError, match="checkpoints"):
         checkpoint.begin(checkpoint.temporary(tmp_path / "checkpoints", 1))
+
+
+def write_shards(folder: Path, *, ranks: int, zero_stage: int) -> Path:
+    temporary = checkpoint.temporary(folder, 7)
+    checkpoint.begin(temporary)
+    (temporary / checkpoint.STATE).mkdir()
+    (temporary / checkpoint.STATE / "shard").write_bytes(b"weights")
+    return checkpoint.publish(temporary, tokens=70, ranks=ranks, zero_stage=zero_stage)
+
+
+def test_a_checkpoint_says_how_it_is_sharded(tmp_path: Path) -> None:
+    manifest = checkpoint.verify(write_shards(tmp_path, ranks=4, zero_stage=3))
+    assert (manifest.ranks, manifest.zero_stage) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("written", "run", "message"),
+    [
+        ((2, 3), (2, 3), None),
+        ((2, 0), (8, 0), None),
+        ((2, 3), (4, 3), "holds 2 shards of ZeRO stage 3, this run has 4 shards of ZeRO stage 3: go on with the same"),
+        ((2, 3), (2, 2), "holds 2 shards of ZeRO stage 3, this run has 2 shards of ZeRO stage 2: go on with the same"),
+        ((2, 3), (2, 0), "holds 2 shards of ZeRO stage 3, this run has a state that is not sharded: go on with the"),
+        ((1, 0), (2, 1), "holds a state that is not sharded, this run has 2 shards of ZeRO stage 1: go on with the"),
+    ],
+)
+def test_another_layout_is_refused_with_what_to_do(
+    tmp_path: Path, written: tuple[int, int], run: tuple[int, int], message: str | None
+) -> None:
+    path = write_shards(tmp_path, ranks=written[0], zero_stage=written[1])
+    if message is None:
+        checkpoint.check_layout(path, ranks=run[0], zero_stage=run[1])
+        return
+    with pytest.raises(ValueError, match=message):
+        checkpoint.check_layout(path, ranks=run[0], zero_stage=run[1])

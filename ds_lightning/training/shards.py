@@ -1,0 +1,102 @@
+"""The files that DeepSpeed's ranks make of a run: within a checkpoint, and back to whole weights."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_lightning.training.tensor_file import write_tensors
+
+TAG = "shards"
+"""Folder within a checkpoint's state that DeepSpeed writes to."""
+
+
+def import_deepspeed() -> None:
+    """Import DeepSpeed without what it says of a missing GPU and of torch's plans; the rest goes to stderr."""
+    log = logging.getLogger("DeepSpeed")
+    log.addFilter(_is_of_use)
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
+    import deepspeed  # noqa: F401
+
+    for handler in log.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
+
+
+def detach_failures(engine: Any) -> None:
+    """Let a rank that cannot write go on to DeepSpeed's next barrier, where the others would wait for it in vain.
+
+    The errors are kept for :func:`save` to raise. The scripts that DeepSpeed adds to a checkpoint are left out.
+    """
+    errors: list[OSError] = []
+    engine.checkpoint_engine.save = _noting(errors, lambda state_dict, path: write_tensors(state_dict, path))
+    engine.checkpoint_engine.makedirs = _noting(errors, os.makedirs)
+    engine._copy_recovery_script = lambda save_path: None
+    engine.write_errors = errors
+
+
+def save(engine: Any, state: dict[str, Any], folder: Path) -> None:
+    """Write the shards of this rank, with rank 0 the state beside them; all ranks must call it.
+
+    Raises:
+        OSError: If a file of this rank could not be written.
+    """
+    engine.write_errors.clear()
+    engine.save_checkpoint(folder, tag=TAG, client_state=state, save_latest=False)
+    if engine.write_errors:
+        raise engine.write_errors[0]
+
+
+def load(engine: Any, folder: Path) -> dict[str, Any]:
+    """Read the shards of this rank for training to go on, and return the state beside them.
+
+    Args:
+        engine: A DeepSpeed engine with an optimizer.
+        folder: What ``save`` was given.
+    """
+    path, state = engine.load_checkpoint(folder, tag=TAG, load_lr_scheduler_states=False)
+    assert path is not None, f"{folder} holds no {TAG}"
+    client: dict[str, Any] = state
+    return client
+
+
+def load_client_state(folder: Path) -> dict[str, Any]:
+    """Return the state that rank 0 wrote beside its shards."""
+    names = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"  # below stage 3, and at it
+    path = next(folder / TAG / name for name in names if (folder / TAG / name).is_file())
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)  # verified before, and our own
+    return {name: value for name, value in state.items() if name != "module"}
+
+
+def whole_state(folder: Path) -> dict[str, Tensor]:
+    """Return all weights in fp32, and all buffers, from the shards of all ranks, in the memory of this process."""
+    import_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it tells how it gets on
+        state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def _noting(errors: list[OSError], function: Callable[..., None]) -> Callable[..., None]:
+    def call(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except OSError as error:
+            errors.append(error)
+
+    return call

@@ -1,0 +1,102 @@
+"""The real command on two ranks under ZeRO, killed and stopped and started again, against the run left alone.
+
+The oracle is the run left alone: curves in the TensorBoard files and exported weights, compared bitwise. What the
+export holds is checked against the shards of the last checkpoint by the tests of checkpoints.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.callbacks.toy_run import differences
+from tests.e2e.command import NUM_STEPS, Run, config
+
+pytestmark = pytest.mark.slow
+
+STAGES = (2, 3)
+MODULE = {"model__init_args__eps": 1e-3}
+"""AdamW's step in a gradient next to zero is then no toss of a coin that rounding decides."""
+
+
+def zero(stage: int, **changes: Any) -> dict[str, Any]:
+    """Return a run of two ranks."""
+    settings = config(trainer__devices=2, trainer__precision="32-true", **MODULE, **changes)
+    settings["trainer"]["strategy"] = {"class_path": "ds_lightning.training.ZeRO", "init_args": {"stage": stage}}
+    return settings
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path) -> dict[int, Run]:
+    return {stage: Run(folder, zero(stage), f"straight{stage}").attempt() for stage in STAGES}
+
+
+def test_a_run_on_two_ranks_is_as_complete_as_one_on_one(folder: Path, straight: dict[int, Run]) -> None:
+    one = Run(folder, config(**MODULE), "one").attempt()
+    for run in straight.values():
+        assert run.checkpoints() == one.checkpoints()
+        logged, expected = run.logged(), one.logged()
+        assert logged.keys() - expected.keys() == {"train/skipped_steps"}
+        assert expected.keys() <= logged.keys()
+        for tag in ("train/loss", "val/loss"):
+            assert logged[tag].keys() == expected[tag].keys()
+            # The same batches and weights but for the order of sums: fp32 rounding over twelve steps of AdamW.
+            assert logged[tag] == {step: pytest.approx(value, rel=1e-5) for step, value in expected[tag].items()}
+        assert run.exported().keys() == one.exported().keys()
+        report = json.loads((run.out / "report.json").read_text())
+        assert report["stages"][0]["tokens"] == NUM_STEPS * 8 * 64
+        assert report["ledger"]["chain"] == "ok"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_nothing_but_results_is_printed(straight: dict[int, Run], stage: int) -> None:
+    attempt = straight[stage].attempts[0]
+    assert attempt.out.count("report: ") == 1, "one rank speaks for all"
+    noise = [line for line in (attempt.out + attempt.err).splitlines() if "deepspeed" in line.lower()]
+    assert noise == []
+    assert "Warning" not in attempt.err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_interrupted_run_is_bitwise_the_run_left_alone(
+    folder: Path, straight: dict[int, Run], monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    run = Run(folder, zero(stage), f"killed{stage}")
+    run.attempt("SIGKILL save 6", status=-9)
+    monkeypatch.setenv("INTERRUPT_RANK", "1")
+    run.attempt("SIGTERM micro_batch 15", status=3)
+    run.attempt()
+    assert [attempt.started_from for attempt in run.attempts] == [0, 3, 8]
+    assert run.logged() == straight[stage].logged()
+    assert differences(run.exported(), straight[stage].exported()) == []
+    assert run.ledger()["chain"] == "ok"
+
+
+def test_shards_of_another_layout_are_refused_in_one_line(folder: Path, straight: dict[int, Run]) -> None:
+    run = straight[2]
+    for changes, found in (({"devices": 1}, "1 shards of ZeRO stage 2"), ({"strategy": "auto"}, "not sharded")):
+        other = Run(folder, {**run.settings, "trainer": {**run.settings["trainer"], **changes}}, "other")
+        other.name = run.name
+        (folder / f"{run.name}.yaml").write_bytes((folder / "other.yaml").read_bytes())
+        err = other.attempt(status=2).attempts[-1].err
+        lines = [line for line in err.splitlines() if line.startswith("ds-lightning: ")]
+        assert len(lines) == 1, err
+        assert "holds 2 shards of ZeRO stage 2, this run has" in lines[0]
+        assert found in lines[0]
+
+
+def test_what_a_finished_run_left_can_be_validated_and_exported(folder: Path, straight: dict[int, Run]) -> None:
+    import ds_lightning.cli
+
+    run = straight[3]
+    assert ds_lightning.cli.main(["export", str(run.out), str(folder / "hf"), "--tokenizer", _tokenizer(folder)]) == 0
+    from safetensors.torch import load_file
+
+    exported = load_file(folder / "hf" / "model.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in run.exported().items())
+
+
+def _tokenizer(folder: Path) -> str:
+    return str(folder / "prepared" / "tokenizer.json")
