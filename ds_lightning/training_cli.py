@@ -88,6 +88,7 @@ def _quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", message=r".*`self.log\(.val/.*sync_dist")  # our metrics are of all ranks
 
 
 def _config_files(argv: list[str]) -> list[Path]:

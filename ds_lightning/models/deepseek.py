@@ -37,7 +37,7 @@ class Block(nn.Module):
         latents: list[Tensor] | None = None,
     ) -> tuple[Float[Tensor, "batch seq hidden"], Gate | None]:
         """Return the new residual stream, and the router's decisions where the layer has experts."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segment_ids, latents)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segment_ids, latents=latents)
         out, gate = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, DeepSeekMoE):
             out, gate = self.mlp(out, routing)
@@ -195,7 +195,8 @@ class DeepSeek(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             x, gate = checkpoint(block, x, cos, sin, segment_ids, routing, use_reentrant=False)
         else:
-            x, gate = block(x, cos, sin, segment_ids, routing, latents)
+            # By name: a strategy that shards weights copies the lists among positional arguments.
+            x, gate = block(x, cos, sin, segment_ids, routing, latents=latents)
         if gates is not None and gate is not None:
             gates.append(gate)
         return x
