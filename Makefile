@@ -30,7 +30,7 @@ format: setup  ## rewrite the code in the one format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-results: setup  ## write the README's results from docs/results/quickstart.json
+results: setup  ## write the README's results from docs/results/
 	$(BIN)/python scripts/readme_results.py
 
 build: setup  ## sdist and wheel into dist/

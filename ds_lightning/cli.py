@@ -129,10 +129,13 @@ def _recipe(argv: list[str]) -> int:
     parser.add_argument("recipe", type=str, help="YAML file with the stages")
     parser.add_argument("--out", type=str, help="folder of the runs; none: runs/ and the name of the recipe")
     parser.add_argument("--seed", type=int, help="in place of the recipe's own")
+    parser.add_argument("--budget.usd", type=float, help="dollars for all stages, split by the recipe's shares")
+    parser.add_argument("--budget.hours", type=float, help="the same in device-hours")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = _parse(parser, argv)
     out = options.out or f"runs/{Path(options.recipe).stem}"
-    return run_recipe(options.recipe, out, seed=options.seed, as_json=options.json)
+    limits = {name: limit for name, limit in vars(options.budget).items() if limit is not None}
+    return run_recipe(options.recipe, out, seed=options.seed, limits=limits, as_json=options.json)
 
 
 def _sample(argv: list[str]) -> int:

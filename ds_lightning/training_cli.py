@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -226,9 +228,13 @@ class TrainingCLI(LightningCLI):
         if options.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(options.out, name="", version="tensorboard", default_hp_metric=False)
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise ValueError(f"trainer: {error}") from None
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # its handler saves wherever the signal comes; Preemption is for that
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], extra: list[Any]) -> Trainer:
         """Leave our progress bar out where none is wanted; Lightning refuses the two together."""
@@ -324,11 +330,12 @@ class TrainingCLI(LightningCLI):
             print(f"report: {write_run_page(out)}")
 
     def _stop_early(self, why: str) -> None:
-        """Say why, and end with status 3: from rank 0, since a process that another started must end with 0."""
-        if self.trainer.is_global_zero:
+        """Say why, and end with status 3; a process that Lightning started has to end with 0."""
+        environment = self.trainer._accelerator_connector.cluster_environment
+        if not (isinstance(environment, LightningEnvironment) and environment.local_rank() > 0):
             self.exit_status = 3
-            if why:
-                print(why, file=sys.stderr)
+        if why and self.trainer.is_global_zero:
+            print(why, file=sys.stderr)
 
     def before_validate(self) -> None:
         """Measure the newest valid checkpoint of the run folder, if no other is named."""

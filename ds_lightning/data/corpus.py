@@ -50,8 +50,9 @@ class Corpus:
       ``site-packages``;
     * a glob pattern, ``**`` included;
     * ``hf:owner/name`` or ``hf:owner/name:config``: the ``train`` split of a Hugging Face dataset, streamed;
-    * ``python-stdlib``: the modules of the running Python's standard library. Its few deliberately broken files are
-      skipped whatever ``on_bad_utf8`` says, since nobody should repair them.
+    * ``python-stdlib``: the modules of the running Python's standard library, or ``python-stdlib/email`` those of one
+      of its packages. Its few deliberately broken files are skipped whatever ``on_bad_utf8`` says, since nobody should
+      repair them.
 
     Iterating reads the sources anew and resets :attr:`skipped`.
 
@@ -91,9 +92,14 @@ class Corpus:
     def _read_source(self, source: str) -> Iterator[Document]:
         if source.startswith(HUGGING_FACE):
             yield from self._read_hugging_face(source.removeprefix(HUGGING_FACE))
-        elif source == PYTHON_STDLIB:
+        elif source.partition("/")[0] == PYTHON_STDLIB:
             root = Path(sysconfig.get_paths()["stdlib"])
-            for path in _walk(root):
+            folder = root / source.removeprefix(PYTHON_STDLIB).lstrip("/")
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"the source {source} does not exist, expected {PYTHON_STDLIB}, alone or with one of its packages"
+                )
+            for path in _walk(folder):
                 if path.suffix == ".py":
                     yield from self._read_text(path, path.relative_to(root).as_posix(), "skip")
         else:

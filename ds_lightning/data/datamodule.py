@@ -58,7 +58,7 @@ class TokenDataModule(RowDataModule):
     accumulation or workers. Documents are packed one after the other (DeepSeek-V3, arXiv:2412.19437, section 4.1).
 
     Args:
-        sources: Files, directories, globs, ``hf:owner/name`` or ``python-stdlib``.
+        sources: Files, directories, globs, ``hf:owner/name``, ``python-stdlib`` or ``python-stdlib/email``.
         folder: Where the prepared shards are, or go.
         seq_len: Tokens of a row.
         batch_size: Rows of an optimizer step, over all ranks and micro-batches.

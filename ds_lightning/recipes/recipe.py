@@ -140,16 +140,17 @@ class Recipe:
         }
 
 
-def read_recipe(path: str | Path, seed: int | None = None) -> Recipe:
+def read_recipe(path: str | Path, seed: int | None = None, limits: dict[str, float] | None = None) -> Recipe:
     """Read and check a recipe, and the configs that it names.
 
     Args:
         path: YAML with ``stages``, a list of mappings with ``name`` and ``fit`` (config files, relative to the recipe)
             and, as need be, ``what``, ``from`` (an earlier stage), ``set`` (further options by dotted key) and
             ``sample`` (rejection sampling: ``from`` and :data:`SAMPLE_OPTIONS`); at the top level ``seed``, ``cost``
-            (settings of the ledger), ``budget`` (``usd``, ``hours``, and ``shares``: a number a stage) and ``set`` for
-            all stages.
+            (settings of the ledger), ``budget`` (``usd``, ``hours``, and ``shares``: a number a stage; these alone set
+            no limit) and ``set`` for all stages.
         seed: In place of the recipe's own; stage number i (from 0) has the seed ``100 * seed + i``.
+        limits: ``usd`` and ``hours`` of the budget, over the recipe's own.
 
     Raises:
         ValueError: If the recipe names a key, stage or option that cannot be.
@@ -173,14 +174,15 @@ def read_recipe(path: str | Path, seed: int | None = None) -> Recipe:
         if not isinstance(entry, dict):
             raise ValueError(f"{where} is {entry!r:.80}, expected a mapping with name and fit")
         read.append(_stage(entry, where, path.parent, common, [stage.name for stage in read], 100 * seed + number))
-    return Recipe(path, seed, cost, tuple(read), _budget(content.get("budget"), f"{path}: budget", read))
+    budget = merged(_mapping(content.get("budget"), f"{path}: budget"), limits or {})
+    return Recipe(path, seed, cost, tuple(read), _budget(budget, f"{path}: budget", read))
 
 
-def _budget(value: Any, where: str, stages: list[Stage]) -> Shares | None:
-    """Read how money is split."""
-    if value is None:
+def _budget(value: dict[str, Any], where: str, stages: list[Stage]) -> Shares | None:
+    """Read how money is split; none: there is no limit."""
+    if not value:
         return None
-    _check_keys(_mapping(value, where), "budget", where)
+    _check_keys(value, "budget", where)
     limits = {name: limit for name, limit in value.items() if name != "shares" and limit is not None}
     parts = _mapping(value.get("shares"), f"{where}.shares")
     names = [stage.name for stage in stages]
@@ -190,7 +192,7 @@ def _budget(value: Any, where: str, stages: list[Stage]) -> Shares | None:
         if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
             raise ValueError(f"{where}.{key} is {number!r}, expected a number above 0")
     if not limits:
-        raise ValueError(f"{where} has neither usd nor hours, expected one of them")
+        return None
     for stage in stages:
         if "budget" in stage.options:
             raise ValueError(f"{where} is the recipe's, and stage {stage.name} sets one of its own: leave one out")

@@ -46,6 +46,7 @@ def run_recipe(
     out: str | Path,
     *,
     seed: int | None = None,
+    limits: dict[str, float] | None = None,
     as_json: bool = False,
     command: Sequence[str] = COMMAND,
     started_ns: int | None = None,
@@ -61,6 +62,7 @@ def run_recipe(
         path: The recipe; see :func:`~ds_lightning.recipes.recipe.read_recipe`.
         out: Folder of its runs.
         seed: In place of the recipe's own.
+        limits: ``usd`` and ``hours`` of the budget, over the recipe's own.
         as_json: Print the report as JSON at the end, and no table.
         command: What runs ``fit`` and ``sample``.
         started_ns: Start of the booking on ``time.monotonic_ns``; none: that of this process.
@@ -72,7 +74,7 @@ def run_recipe(
         ValueError: If the recipe is wrong, was changed after stages had run, or the folder is in use.
         OSError: If a file cannot be read or written.
     """
-    recipe, folder = read_recipe(path, seed), Path(out)
+    recipe, folder = read_recipe(path, seed, limits), Path(out)
     find_price(**{"device": "cpu", **recipe.cost})
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder), _alone(folder) as lock:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from ds_lightning.data import ChatTemplate, TokenDataModule
 from ds_lightning.data.tokenizer import END_OF_TEXT
 from ds_lightning.rl.builtin_rewards import ANSWER, THINK
 from ds_lightning.rl.tasks import Task
+from ds_lightning.whole_file import write_whole
 
 FORMATS = ("tags", "thought", "bare")
 """How an answer is written: in both pairs of tags, after a thought without the tags of an answer, or by itself."""
@@ -75,6 +75,12 @@ class WorkedProblemsDataModule(TokenDataModule):
 
     def prepare_data(self) -> None:
         """Write the documents, and prepare them with the other text."""
+        if self.sources == self.texts:  # the last validation asks again, and documents take a while
+            self.sources = [*self.texts, str(self._written())]
+        super().prepare_data()
+
+    def _written(self) -> Path:
+        """Write the documents and return their file."""
         documents = [json.dumps({"text": self.document(number)}) for number in range(self.worked)]
         text = "\n".join(documents) + "\n"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -82,11 +88,8 @@ class WorkedProblemsDataModule(TokenDataModule):
         path = folder.with_name(f"{folder.name}-worked-{digest}.jsonl")
         if not path.is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        self.sources = [*self.texts, str(path)]
-        super().prepare_data()
+            write_whole(path, text)
+        return path
 
     def document(self, number: int) -> str:
         """Return one document: the same for the same settings, in any order.

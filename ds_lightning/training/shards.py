@@ -29,7 +29,7 @@ def import_deepspeed() -> None:
     import deepspeed  # noqa: F401
 
     for handler in log.handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)
 
 

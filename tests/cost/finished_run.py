@@ -39,9 +39,9 @@ def book(folder: Path, seconds: dict[str, float]) -> None:
     ledger.close()
 
 
-def write_recorded_quickstart(folder: Path) -> dict[str, Any]:
-    """Write the quickstart of docs/results/quickstart.json, with the seconds of its phases; return its figures."""
-    record: dict[str, Any] = json.loads((CONFIGS.parent / "docs/results/quickstart.json").read_text())["stage"]
+def write_recorded_pretraining(folder: Path) -> dict[str, Any]:
+    """Write the run of docs/results/pretrain.json, with the seconds of its phases; return its figures."""
+    record: dict[str, Any] = json.loads((CONFIGS.parent / "docs/results/pretrain.json").read_text())["stage"]
     content = yaml.safe_load((CONFIGS / "pretrain/quickstart.yaml").read_text())
     content["model"]["init_args"]["config"] = yaml.safe_load((CONFIGS / "model/quickstart.yaml").read_text())
     content["trainer"]["precision"] = "bf16-mixed"

@@ -13,7 +13,7 @@ import yaml
 from ds_lightning.cost import calibration_from_run, plan
 from ds_lightning.cost.calibration import Calibration, num_checkpoints, validation_tokens, write_calibration
 from ds_lightning.cost.run_config import read_run
-from tests.cost.finished_run import CONFIGS, TOKENS, book, write_recorded_quickstart, write_run
+from tests.cost.finished_run import CONFIGS, TOKENS, book, write_recorded_pretraining, write_run
 
 SECONDS = {"startup": 8.0, "data": 1.0, "train": 40.0, "validate": 5.0, "checkpoint": 0.5, "export": 0.1, "idle": 0.2}
 
@@ -152,9 +152,9 @@ def test_a_budget_that_ends_before_the_first_token_is_refused(run_dir: Path, tmp
         plan([run_dir / "config.yaml", overlay], calibration=calibrated(run_dir))
 
 
-def test_the_recorded_quickstart_is_planned(tmp_path: Path) -> None:
-    """docs/results/quickstart.json, which its budget ended: tokens and dollars within a tenth."""
-    record = write_recorded_quickstart(tmp_path / "run")
+def test_the_recorded_pretraining_is_planned(tmp_path: Path) -> None:
+    """docs/results/pretrain.json, which its budget ended: tokens and dollars within a tenth."""
+    record = write_recorded_pretraining(tmp_path / "run")
     report = plan(tmp_path / "run" / "config.yaml", calibration=calibrated(tmp_path / "run"))
     assert report["usd"] == pytest.approx(record["usd"], rel=0.1)
     assert report["tokens"] == pytest.approx(record["tokens"], rel=0.1)

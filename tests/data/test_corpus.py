@@ -87,6 +87,15 @@ def test_the_standard_library_is_a_corpus_whatever_its_broken_files() -> None:
     assert not any("site-packages" in name or "/" in name[:1] for name in names)
 
 
+def test_a_package_of_the_standard_library_is_a_part_of_it() -> None:
+    whole = {document.name: document.text for document in Corpus(["python-stdlib"])}
+    part = {document.name: document.text for document in Corpus(["python-stdlib/json"])}
+    assert part == {name: text for name, text in whole.items() if name.startswith("json/")}
+    assert "json/decoder.py" in part
+    with pytest.raises(FileNotFoundError, match=r"python-stdlib/jsn does not exist, expected python-stdlib, "):
+        list(Corpus(["python-stdlib/jsn"]))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -14,7 +14,7 @@ import torch
 from tests.callbacks.toy_run import differences
 from tests.e2e.command import NUM_STEPS, Run, config
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 STAGES = (2, 3)
 MODULE = {"model__init_args__eps": 1e-3}

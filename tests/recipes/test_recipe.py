@@ -57,7 +57,7 @@ def stage(name: str = "a", **others: Any) -> dict[str, Any]:
         ([stage()], {"budget": {"eur": 1}}, r"budget: 'eur' is no key of a budget, expected some of usd"),
         ([stage()], {"budget": {"usd": 1}}, r"budget.shares has , expected every stage: a$"),
         ([stage()], {"budget": {"usd": 1, "shares": {"b": 1}}}, r"budget.shares has b, expected every stage: a$"),
-        ([stage()], {"budget": {"shares": {"a": 1}}}, r"budget has neither usd nor hours"),
+        ([stage()], {"budget": [1]}, r"budget is \[1\], expected a mapping"),
         ([stage()], {"budget": {"usd": -1, "shares": {"a": 1}}}, r"budget.usd is -1, expected a number above 0"),
         ([stage()], {"budget": {"usd": 1, "shares": {"a": 0}}}, r"budget.shares.a is 0, expected a number above 0"),
         (
@@ -96,6 +96,22 @@ def test_a_stage_may_spend_its_part_of_what_others_left(tmp_path: Path) -> None:
     assert budget.of("c", {"usd": 99, "hours": 0}) == {"usd": 1, "hours": 10}
     with pytest.raises(ValueError, match=r"^budget.usd of the recipe is 100, of which 101 are spent before stage b"):
         budget.of("b", {"usd": 101, "hours": 0})
+
+
+def test_limits_go_over_those_of_the_recipe_and_shares_alone_set_none(tmp_path: Path) -> None:
+    shares = {"a": 1, "b": 3}
+    path = write(tmp_path, [stage(), stage("b")], budget={"shares": shares})
+    assert read_recipe(path).budget is None
+    budget = read_recipe(path, limits={"hours": 8.0}).budget
+    assert budget is not None
+    assert budget.of("a", {"hours": 0.0}) == {"hours": 2.0}
+    path = write(tmp_path, [stage(), stage("b")], budget={"usd": 1, "hours": 1, "shares": shares})
+    budget = read_recipe(path, limits={"hours": 8.0}).budget
+    assert budget is not None
+    assert budget.limits == {"usd": 1, "hours": 8.0}
+    path = write(tmp_path, [stage(), stage("b")])
+    with pytest.raises(ValueError, match=r"budget.shares has , expected every stage: a, b$"):
+        read_recipe(path, limits={"usd": 1.0})
 
 
 def test_what_a_recipe_may_say_of_sampling_is_what_the_job_takes() -> None:

@@ -27,7 +27,8 @@ PROSE = sorted(
         *(path for folder in ("docs", "ds_lightning", "configs") for path in (ROOT / folder).rglob("*.md")),
     ]
 )
-OTHERS = [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "constraints.txt"]
+JOBS = sorted(path for path in [ROOT / ".dockerignore", *(ROOT / "docker").rglob("*")] if path.is_file())
+OTHERS = [*JOBS, ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "constraints.txt"]
 
 FORBIDDEN_CODE = {
     r"\b(TODO|FIXME|XXX)\b": "an intention, expected what the code does",
@@ -110,7 +111,7 @@ def test_modules_are_named_for_what_they_hold() -> None:
 
 
 def test_code_is_plain() -> None:
-    assert not list(found([*PYTHON, *SCRIPTS, *CONFIGS], FORBIDDEN_CODE))
+    assert not list(found([*PYTHON, *SCRIPTS, *CONFIGS, *JOBS], FORBIDDEN_CODE))
 
 
 def test_nothing_names_one_machine_or_one_package_index() -> None:

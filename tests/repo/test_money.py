@@ -7,7 +7,7 @@ import pytest
 
 from ds_lightning.cli import main
 from ds_lightning.cost import PHASES
-from tests.cost.finished_run import write_recorded_quickstart
+from tests.cost.finished_run import write_recorded_pretraining
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "money.md").read_text(encoding="utf-8")
@@ -27,15 +27,15 @@ def figures_of(section: str) -> list[str]:
 
 
 @pytest.fixture
-def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with the recorded quickstart, and a terminal that is wide enough."""
-    write_recorded_quickstart(tmp_path / "runs" / "quickstart")
+def pretraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with the recorded pretraining run, and a terminal that is wide enough."""
+    write_recorded_pretraining(tmp_path / "runs" / "pretrain")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
 
-@pytest.mark.usefixtures("quickstart")
+@pytest.mark.usefixtures("pretraining")
 @pytest.mark.parametrize("title", ["How a dollar is counted", "Plan against actual"])
 def test_every_figure_on_a_run_is_printed_by_the_commands_above_it(
     title: str, capsys: pytest.CaptureFixture[str]

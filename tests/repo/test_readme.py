@@ -23,7 +23,9 @@ PROSE = sorted(
 
 def commands(text: str) -> list[list[str]]:
     """Return the commands in the indented blocks of a page, split into words, without prompts of a path."""
-    lines = re.findall(r"^ {4}((?:ds-lightning|make|\./scripts/|scripts/).*)$", text, flags=re.MULTILINE)
+    lines = re.findall(
+        r"^ {4}((?:ds-lightning|make|\./scripts/|scripts/).*)$", text.replace("\\\n", " "), flags=re.MULTILINE
+    )
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -106,7 +108,7 @@ def generator() -> ModuleType:
 
 def test_the_readmes_results_are_the_measured_ones() -> None:
     script = generator()
-    assert script.with_results(README, script.results_table(script.read_results())) == README
+    assert script.with_results(README, script.results_tables(script.RESULTS)) == README
 
 
 def test_results_are_written_between_their_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,18 +123,21 @@ def test_results_are_written_between_their_markers(tmp_path: Path, monkeypatch: 
         "usd": 0.00496,
         "phases": {"train": {"usd": 0.004}, "lost": {"usd": 0.0}},
     }
-    results = {
-        "date": "2001-02-03",
-        "machine": "2 cores",
-        "command": "scripts/quickstart",
-        "wall_seconds": 361.2,
-        "stage": stage,
-    }
-    figures, readme = tmp_path / "quickstart.json", tmp_path / "README.md"
-    figures.write_text(json.dumps(results))
+    base = {"name": "base", "what": "text", "device_hours": 0.1, "usd": 0.005}
+    last = {**base, "name": "rl_2", "pass_at_1": 0.5, "pass_at_1_greedy": 0.755}
+    between = {"device_hours": 0.01, "usd": 0.0005}
+    ledger = {"between": between, "device_hours": 0.21, "usd": 0.0105}
+    head = {"date": "2001-02-03", "machine": "2 cores", "command": "scripts/quickstart", "wall_seconds": 361.2}
+    readme = tmp_path / "README.md"
+    (tmp_path / "pretrain.json").write_text(json.dumps({**head, "stage": stage}))
     readme.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
-    monkeypatch.setattr(script, "FIGURES", figures)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
     monkeypatch.setattr(script, "README", readme)
+    assert script.main() == 0
+    assert "Not measured yet: `docs/results/quickstart.json` is missing." in readme.read_text()
+    (tmp_path / "quickstart.json").write_text(
+        json.dumps({**head, "report": {"stages": [base, last], "ledger": ledger}})
+    )
     assert script.main() == 0
     written = readme.read_text()
     assert "old" not in written
@@ -142,6 +147,9 @@ def test_results_are_written_between_their_markers(tmp_path: Path, monkeypatch: 
         "| tokens per second | 4,322 |",
         "| held-out bits per byte, model | 1.500 |",
         "| dollars, train | 0.004000 |",
+        "| base | text | 0.1000 | 0.005000 |  |  |",
+        "| rl_2 | text | 0.1000 | 0.005000 | 50.0% | 75.5% |",
+        "| total | 361 s with set-up | 0.2100 | 0.010500 |  |  |",
     ):
         assert row in written
     assert "lost" not in written
@@ -150,7 +158,13 @@ def test_results_are_written_between_their_markers(tmp_path: Path, monkeypatch: 
 def test_a_script_refuses_an_argument_that_it_does_not_know() -> None:
     done = subprocess.run([ROOT / "scripts" / "setup", "all"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "setup: the argument is 'all', expected nothing or 'dev'\n"
+    assert done.stderr == "setup: the argument is 'all', expected nothing, rl or dev\n"
+
+
+def test_the_quickstart_names_a_word_that_it_does_not_know() -> None:
+    done = subprocess.run([ROOT / "scripts" / "quickstart", "fit"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "quickstart: the first argument is 'fit', expected pretrain or an option\n"
 
 
 def test_an_old_python_is_named(tmp_path: Path) -> None:

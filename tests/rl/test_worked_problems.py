@@ -96,6 +96,9 @@ def test_tags_are_tokens_of_their_own_and_the_text_comes_back(tmp_path: Path) ->
     text = data.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
     pieces = [piece for piece in text.split("<|end_of_text|>") if piece]
     assert sorted(pieces) == sorted(data.document(number) for number in range(300))
+    sources = data.sources
+    data.prepare_data()  # as the last validation does
+    assert data.sources == sources
     module(tmp_path, val_fraction=0.0).prepare_data()  # again: what is there is used
     with pytest.raises(ValueError, match="was prepared with"):
         module(tmp_path, val_fraction=0.0, wrong=0.5).prepare_data()

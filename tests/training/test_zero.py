@@ -25,8 +25,6 @@ from tests.training.ranks import run_ranks
 from tests.training.toy_pretraining import CONFIG
 from tests.training.toy_zero import STEPS, Toy, settings, train, trainer_of
 
-pytestmark = pytest.mark.slow
-
 Result = dict[str, Any]
 
 RUNS = {
@@ -66,6 +64,7 @@ def assert_equal(result: Result, expected: Result) -> None:
         assert all(torch.equal(biases[name], bias) for name, bias in wanted.items())
 
 
+@pytest.mark.soak
 def test_the_run_is_one_that_could_differ(one: dict[bool, Result]) -> None:
     points, biases = one[False]["points"], one[False]["biases"]
     assert all(point["train/grad_norm"] > 2 for point in points), "all of them are clipped"
@@ -73,6 +72,7 @@ def test_the_run_is_one_that_could_differ(one: dict[bool, Result]) -> None:
     assert all(bias.any() for bias in biases[-1].values())
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["1 accumulating", "2 accumulating", "3 accumulating", "offloaded"])
 def test_two_ranks_equal_one_process(ranks: dict[str, list[Result]], one: dict[bool, Result], name: str) -> None:
     for result in ranks[name]:
@@ -80,6 +80,7 @@ def test_two_ranks_equal_one_process(ranks: dict[str, list[Result]], one: dict[b
         assert result["points"][-1]["train/skipped_steps"] == 0
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_they_do_where_experts_get_no_token_on_one_rank(
     ranks: dict[str, list[Result]], one: dict[bool, Result], stage: int
@@ -91,6 +92,7 @@ def test_they_do_where_experts_get_no_token_on_one_rank(
         assert_equal(result, one[True])
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_gradient_that_is_no_number_is_skipped_and_counted_on_all_ranks(
     ranks: dict[str, list[Result]], one: dict[bool, Result], stage: int
@@ -105,6 +107,7 @@ def test_a_gradient_that_is_no_number_is_skipped_and_counted_on_all_ranks(
         assert points[1]["train/loss"] == pytest.approx(one[False]["points"][1]["train/loss"], rel=1e-6)
 
 
+@pytest.mark.soak
 def test_lightnings_own_precision_divides_twice(ranks: dict[str, list[Result]]) -> None:
     one = train(settings(clip=None))["weights"]  # clipping would hide most of it
     ours, stock = (
@@ -116,6 +119,7 @@ def test_lightnings_own_precision_divides_twice(ranks: dict[str, list[Result]]) 
     assert stock > 100 * ours
 
 
+@pytest.mark.soak
 def test_buffers_are_exact_where_weights_are_bfloat16(ranks: dict[str, list[Result]]) -> None:
     [first, second] = ranks["bf16"]
     gamma = torch.tensor(0.001)

@@ -19,7 +19,7 @@ from ds_lightning.training.export import load_weights
 from tests.training.ranks import run_ranks
 from tests.training.toy_zero import STEPS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 STAGES = ("1", "2", "3")
 
