@@ -362,8 +362,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"{folder} has no valid checkpoint, expected one of a run: name its folder with --out")
         if path is not None:
             state = Path(path) if Path(path).name == checkpoint.STATE else Path(path) / checkpoint.STATE
-            strategy = self.trainer.strategy
-            stage = strategy.stage if isinstance(strategy, ZeRO) else 0
+            stage = self.trainer.strategy.stage if isinstance(self.trainer.strategy, ZeRO) else 0
             checkpoint.check_layout(state.parent, ranks=self.trainer.world_size, zero_stage=stage)
             if self.trainer.is_global_zero:
                 print(f"going on from {state.parent}", file=sys.stderr)

@@ -77,7 +77,7 @@ def ranks() -> dict[str, list[list[Any]]]:
     return {name: [rank[index] for rank in results] for index, name in enumerate(RUNS)}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", FOUND)
 def test_a_flipped_bit_is_found_at_the_next_check(ranks: dict[str, list[list[Any]]], name: str) -> None:
     (first, made), second = ranks[name]
@@ -87,6 +87,6 @@ def test_a_flipped_bit_is_found_at_the_next_check(ranks: dict[str, list[list[Any
     assert made == FOUND[name], "the step that would have spread it is not made"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ranks_that_agree_go_on(ranks: dict[str, list[list[Any]]]) -> None:
     assert ranks["never"] == [["", 6], ["", 6]]

@@ -181,7 +181,7 @@ def ranks() -> dict[str, list[dict[str, Any]]]:
     return {name: [rank[index] for rank in results] for index, name in enumerate(RUNS)}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["ddp", "1", "2", "3", "bf16 1", "offloaded"])
 def test_all_ranks_skip_what_one_of_them_broke(ranks: dict[str, list[dict[str, Any]]], name: str) -> None:
     counts = [[0, 0, 1, 1, 2, 2]] * 2
@@ -198,7 +198,7 @@ def test_all_ranks_skip_what_one_of_them_broke(ranks: dict[str, list[dict[str, A
                 )  # see tests/training/test_zero.py
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["ended", "ended ddp"])
 def test_all_ranks_end(ranks: dict[str, list[dict[str, Any]]], name: str) -> None:
     first, second = ranks[name]

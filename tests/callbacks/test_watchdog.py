@@ -79,7 +79,7 @@ def start(folder: Path, stage: int) -> list[subprocess.Popen[str]]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_rank_that_sleeps_is_named_and_ends_the_run_on_all(tmp_path: Path, stage: int) -> None:
     processes = start(tmp_path, stage)

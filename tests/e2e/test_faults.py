@@ -8,7 +8,7 @@ import pytest
 from ds_lightning.training import checkpoint
 from tests.e2e.command import NUM_STEPS, Run, config
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 
 def lines(run: Run) -> list[str]:

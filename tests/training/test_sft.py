@@ -50,7 +50,7 @@ def datamodule(source: Path) -> SFTDataModule:
 
 
 def with_trainer(module: Any, accumulate: int = 1, world_size: int = 1, rank: int = 0, **facts: Any) -> Any:
-    module._trainer = module.trainer = SimpleNamespace(
+    module._trainer = module.trainer = SimpleNamespace(strategy=None,
         accumulate_grad_batches=accumulate, world_size=world_size, global_rank=rank, global_step=0,
         ckpt_path=None, gradient_clip_val=None, gradient_clip_algorithm=None, **{"datamodule": None, **facts},
     )  # fmt: skip
