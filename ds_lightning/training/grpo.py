@@ -15,6 +15,7 @@ from ds_lightning.ops.topk_gate import Gate
 from ds_lightning.optim import Schedule
 from ds_lightning.rl.experience import Experience
 from ds_lightning.training.module import DeepSeekModule
+from ds_lightning.training.strategy import ZeRO
 
 GAP_ROWS = 16
 """Completions of a rollout that are run without replay, to see how far the sampler is from the training forward."""
@@ -104,6 +105,19 @@ class GRPOModule(DeepSeekModule):
             )
         rollout = self._rollouts.prompts * self._rollouts.num_generations * self._rollouts.max_completion_length
         self.total_tokens = rollout * self._rollouts.rollouts
+
+    def check_strategy(self, strategy: Any) -> None:
+        """Refuse also a strategy under which no rank holds the weights that answers are generated with.
+
+        Raises:
+            ValueError: If it shards weights.
+        """
+        super().check_strategy(strategy)
+        if isinstance(strategy, ZeRO) and strategy.stage == 3:
+            raise ValueError(
+                "trainer.strategy is ZeRO stage 3, which shards the weights that every rank needs to generate answers, "
+                "expected stage 1 or 2, or ddp"
+            )
 
     def configure_model(self) -> None:
         """Build the policy, and the reference where there is a KL term.

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from ds_lightning.ops.rope import rope_tables
-from ds_lightning.training import ZeRO
+from ds_lightning.training import GRPOModule, ZeRO
 from ds_lightning.training.precision import ZeROPrecision
 from tests.training.ranks import run_ranks
 from tests.training.toy_pretraining import CONFIG
@@ -158,6 +158,13 @@ def test_muon_is_refused_with_what_to_do() -> None:
     module.trainer = trainer
     with pytest.raises(ValueError, match=r"optimizer is 'muon', which needs whole matrices.*expected 'adamw'"):
         module.setup("fit")
+
+
+def test_answers_are_not_generated_from_sharded_weights() -> None:
+    module = GRPOModule(CONFIG)
+    module.check_strategy(ZeRO(stage=2))
+    with pytest.raises(ValueError, match="ZeRO stage 3, which shards the weights that every rank needs"):
+        module.check_strategy(ZeRO(stage=3))
 
 
 @pytest.mark.parametrize(
