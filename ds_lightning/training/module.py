@@ -185,7 +185,7 @@ class DeepSeekModule(pl.LightningModule):
                 self.step_skipped = torch.tensor(not precision.outcome.applied, device=self.device)
             if isinstance(self.step_skipped, Tensor):
                 self.skipped_steps = self.skipped_steps + self.step_skipped
-                self.log("train/skipped_steps", self.skipped_steps)
+                self.log("train/skipped_steps", self.skipped_steps.float())
 
     @torch.no_grad()
     def step_routing_bias(self) -> None:
