@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from ds_lightning.training import checkpoint
 from ds_lightning.training.random_state import restore_random_state, write_random_state
-from ds_lightning.training.strategy import ZeRO
+from ds_lightning.training.strategy import zero_stage
 
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
 
@@ -249,8 +249,7 @@ class Checkpoints(Checkpoint):
                 write_random_state(temporary / checkpoint.rank_file(trainer.global_rank))
             with _together(trainer):
                 if trainer.is_global_zero:
-                    strategy = trainer.strategy
-                    stage = strategy.stage if isinstance(strategy, ZeRO) else 0
+                    stage = zero_stage(trainer.strategy)
                     checkpoint.publish(temporary, tokens=tokens, ranks=trainer.world_size, zero_stage=stage)
         finally:
             self._saving = None

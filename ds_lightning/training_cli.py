@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -32,10 +31,12 @@ from ds_lightning.report import PAGE, check_ours, write_run_page
 from ds_lightning.report.curves import read_curves
 from ds_lightning.stage_figures import stage_figures
 from ds_lightning.summary import REPORT, read_report, summary_table, write_report
-from ds_lightning.training import ZeRO, checkpoint
+from ds_lightning.training import checkpoint
 from ds_lightning.training.export import build_model, load_weights
+from ds_lightning.training.failure import started_by_lightning
 from ds_lightning.training.module import DeepSeekModule
 from ds_lightning.training.run_folder import check_run_folder, read_config, value_at, write_config
+from ds_lightning.training.strategy import zero_stage
 from ds_lightning.user_errors import one_line, writing
 
 USAGE = "ds-lightning {} --config FILE [--config FILE ...] [--out RUN_DIR] [--KEY VALUE ...]"
@@ -331,8 +332,7 @@ class TrainingCLI(LightningCLI):
 
     def _stop_early(self, why: str) -> None:
         """Say why, and end with status 3; a process that Lightning started has to end with 0."""
-        environment = self.trainer._accelerator_connector.cluster_environment
-        if not (isinstance(environment, LightningEnvironment) and environment.local_rank() > 0):
+        if not started_by_lightning(self.trainer):
             self.exit_status = 3
         if why and self.trainer.is_global_zero:
             print(why, file=sys.stderr)
@@ -362,8 +362,8 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"{folder} has no valid checkpoint, expected one of a run: name its folder with --out")
         if path is not None:
             state = Path(path) if Path(path).name == checkpoint.STATE else Path(path) / checkpoint.STATE
-            stage = self.trainer.strategy.stage if isinstance(self.trainer.strategy, ZeRO) else 0
-            checkpoint.check_layout(state.parent, ranks=self.trainer.world_size, zero_stage=stage)
+            ranks, stage = self.trainer.world_size, zero_stage(self.trainer.strategy)
+            checkpoint.check_layout(state.parent, ranks=ranks, zero_stage=stage)
             if self.trainer.is_global_zero:
                 print(f"going on from {state.parent}", file=sys.stderr)
             self.config_init[subcommand]["ckpt_path"] = str(state)
@@ -372,7 +372,7 @@ class TrainingCLI(LightningCLI):
         """Write the weights from one process; those that are sharded come from the last checkpoint, in fp32."""
         data, model = self.datamodule, self.model.model
         if self.trainer.is_global_zero:
-            if isinstance(self.trainer.strategy, ZeRO):
+            if zero_stage(self.trainer.strategy):
                 newest, _ = checkpoint.newest_valid(Path(self._options.out) / "checkpoints")
                 assert newest is not None, "a run that came to its end has saved it"
                 model = build_model(asdict(self.model.config), load_weights(newest))

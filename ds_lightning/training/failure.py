@@ -34,8 +34,14 @@ def wait_for_launcher(trainer: Trainer, seconds: float) -> None:
 
     Lightning's launcher kills it, maybe before its last words, when it sees another rank fail first.
     """
-    if not isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment):
+    if not started_by_lightning(trainer):
         return
     parent, deadline = os.getppid(), time.monotonic() + seconds
-    while trainer.local_rank != 0 and os.getppid() == parent and time.monotonic() < deadline:
+    while os.getppid() == parent and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def started_by_lightning(trainer: Trainer) -> bool:
+    """Tell whether rank 0 has started this process, by Lightning's launcher, and watches how it ends."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return isinstance(environment, LightningEnvironment) and environment.local_rank() > 0

@@ -15,7 +15,7 @@ from ds_lightning.ops.topk_gate import Gate
 from ds_lightning.optim import Schedule
 from ds_lightning.rl.experience import Experience
 from ds_lightning.training.module import DeepSeekModule
-from ds_lightning.training.strategy import ZeRO
+from ds_lightning.training.strategy import zero_stage
 
 GAP_ROWS = 16
 """Completions of a rollout that are run without replay, to see how far the sampler is from the training forward."""
@@ -113,7 +113,7 @@ class GRPOModule(DeepSeekModule):
             ValueError: If it shards weights.
         """
         super().check_strategy(strategy)
-        if isinstance(strategy, ZeRO) and strategy.stage == 3:
+        if zero_stage(strategy) == 3:
             raise ValueError(
                 "trainer.strategy is ZeRO stage 3, which shards the weights that every rank needs to generate answers, "
                 "expected stage 1 or 2, or ddp"

@@ -20,7 +20,7 @@ from ds_lightning.nn.moe import Router
 from ds_lightning.ops.topk_gate import Gate
 from ds_lightning.optim import Schedule, WarmupStableDecay, build_optimizer
 from ds_lightning.training.precision import ZeROPrecision
-from ds_lightning.training.strategy import ZeRO
+from ds_lightning.training.strategy import ZeRO, zero_stage
 
 _CHANGEABLE = {"initializer_range", "max_position_embeddings", "rope_scaling"}
 """Fields in which a run may differ from the weights that it starts from: no tensor has another shape or meaning."""
@@ -130,7 +130,7 @@ class DeepSeekModule(pl.LightningModule):
         Raises:
             ValueError: If it cannot.
         """
-        if self.optimizer == "muon" and isinstance(strategy, ZeRO):
+        if self.optimizer == "muon" and zero_stage(strategy):
             raise ValueError(
                 "model.init_args.optimizer is 'muon', which needs whole matrices where ZeRO keeps flat shards of them, "
                 "expected 'adamw' (with a learning rate that suits it) under trainer.strategy ZeRO, or strategy ddp"

@@ -213,6 +213,11 @@ class ZeRO(DeepSpeedStrategy):
         return shards.load_client_state(folder)
 
 
+def zero_stage(strategy: Any) -> int:
+    """Return how a strategy shards the state of a run; 0: not at all."""
+    return strategy.stage if isinstance(strategy, ZeRO) else 0
+
+
 def _use_cpu() -> None:
     """Run DeepSpeed on the CPU, also where there is a GPU, with torch's own communication."""
     import deepspeed

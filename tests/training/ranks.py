@@ -66,9 +66,8 @@ def _tail(log: IO[str]) -> str:
 def _main(seconds: float, out: str, function: str, *arguments: str) -> None:
     from importlib import import_module
 
-    faulthandler.dump_traceback_later(
-        seconds - 15, file=sys.stdout
-    )  # where a rank waits, in the log of a test that fails
+    # Where a rank waits, in the log of a test that fails.
+    faulthandler.dump_traceback_later(seconds - 15, file=sys.stdout)
     module, _, name = function.partition(":")
     torch.save(getattr(import_module(module), name)(*arguments), out)
 
