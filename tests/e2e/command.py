@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,8 @@ class Attempt:
     status: int
     seconds: float
     """From before its start until it was gone."""
+    alive: float
+    """From before its start until it was gone, or until it killed itself: no process can book what comes then."""
     out: str
     err: str
 
@@ -148,10 +151,13 @@ class Run:
     def attempt(self, interrupt: str | None = None, *, status: int = 0, sleep: float = 0.0) -> "Run":
         """Run the command to its end, and expect the exit status."""
         environment = {"SLEEP": str(sleep)} | ({"INTERRUPT": interrupt} if interrupt else {})
+        killed = self.folder / f"{self.name}.interrupted"
         began = time.monotonic()
-        process = start(self.folder, *self.command(), **environment)
+        process = start(self.folder, *self.command(), **environment, INTERRUPTED_AT=str(killed))
         out, err = process.communicate(timeout=300)
-        self.attempts.append(Attempt(process.returncode, time.monotonic() - began, out, err))
+        seconds = time.monotonic() - began
+        alive = float(killed.read_text()) - began if process.returncode == -signal.SIGKILL else seconds
+        self.attempts.append(Attempt(process.returncode, seconds, alive, out, err))
         assert process.returncode == status, f"status {process.returncode}, expected {status}:\n{err[-3000:]}"
         return self
 

@@ -73,7 +73,7 @@ def _killed(run: Run, delay: float) -> Attempt | None:
         process.kill()
         process.communicate()
         return None
-    return Attempt(process.returncode, delay, out, err)
+    return Attempt(process.returncode, delay, delay, out, err)
 
 
 @pytest.mark.soak
