@@ -12,6 +12,7 @@ from ds_lightning.nn.linear import Linear
 from ds_lightning.nn.mlp import MLP
 from ds_lightning.nn.moe import DeepSeekMoE
 from ds_lightning.nn.norm import RMSNorm
+from ds_lightning.nn.shared_prompts import SharedPrompts
 from ds_lightning.ops.rope import rope_tables
 from ds_lightning.ops.topk_gate import Gate
 
@@ -35,9 +36,10 @@ class Block(nn.Module):
         segment_ids: Int[Tensor, "batch seq"] | None = None,
         routing: Int[Tensor, "batch seq topk"] | None = None,
         latents: list[Tensor] | None = None,
+        shared: SharedPrompts | None = None,
     ) -> tuple[Float[Tensor, "batch seq hidden"], Gate | None]:
         """Return the new residual stream, and the router's decisions where the layer has experts."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segment_ids, latents=latents)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segment_ids, latents=latents, shared=shared)
         out, gate = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, DeepSeekMoE):
             out, gate = self.mlp(out, routing)
@@ -128,6 +130,7 @@ class DeepSeek(nn.Module):
         gates: list[Gate] | None = None,
         routing: Int[Tensor, "moe_layers batch seq topk"] | None = None,
         latents: list[Tensor] | None = None,
+        shared: SharedPrompts | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """Return the normalised hidden state from which the head predicts the next token.
 
@@ -138,17 +141,23 @@ class DeepSeek(nn.Module):
             routing: Experts that each token takes in every expert layer, as an earlier forward chose them: a choice
                 is replayed, its gate values are computed anew. -1: the router chooses.
             latents: Where given, what decoding needs of each position is appended, a tensor a layer; without gradient.
+            shared: Where given, the batch has one row, of prompts and completions that lie as this says.
 
         Raises:
             ValueError: If the sequence is longer than ``max_position_embeddings``, or ``routing`` has another number
                 of layers than the model has with experts.
         """
-        cos, sin = self.rope_tables(input_ids.shape[1], input_ids.device)
+        cos, sin = self.rope_tables(
+            input_ids.shape[1] if shared is None else shared.prompt_seq + shared.seq, input_ids.device
+        )
+        if shared is not None:
+            positions = shared.positions()
+            cos, sin = cos[positions], sin[positions]
         assert latents is None or not torch.is_grad_enabled()
         replayed = self._replayed(routing)
         x = self.embed_tokens(input_ids)
         for block, chosen in zip(self.layers, replayed, strict=True):
-            x = self._run(block, x, cos, sin, segment_ids, gates, chosen, latents)
+            x = self._run(block, x, cos, sin, segment_ids, gates, chosen, latents, shared)
         normalised: Tensor = self.norm(x)
         return normalised
 
@@ -190,13 +199,14 @@ class DeepSeek(nn.Module):
         gates: list[Gate] | None,
         routing: Tensor | None = None,
         latents: list[Tensor] | None = None,
+        shared: SharedPrompts | None = None,
     ) -> Tensor:
         """Run a block and note its routing once, also where the backward pass runs it again."""
         if self.recompute and torch.is_grad_enabled():
-            x, gate = checkpoint(block, x, cos, sin, segment_ids, routing, use_reentrant=False)
+            x, gate = checkpoint(block, x, cos, sin, segment_ids, routing, shared=shared, use_reentrant=False)
         else:
             # By name: a strategy that shards weights copies the lists among positional arguments.
-            x, gate = block(x, cos, sin, segment_ids, routing, latents=latents)
+            x, gate = block(x, cos, sin, segment_ids, routing, latents=latents, shared=shared)
         if gates is not None and gate is not None:
             gates.append(gate)
         return x

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from ds_lightning.config import DeepSeekConfig
 from ds_lightning.nn.linear import Linear
 from ds_lightning.nn.norm import RMSNorm
+from ds_lightning.nn.shared_prompts import SharedPrompts
 from ds_lightning.ops.attention import causal_attention
 from ds_lightning.ops.latent_attention import latent_attention
+from ds_lightning.ops.prefix_attention import prefix_attention
 from ds_lightning.ops.rope import apply_rope, yarn_temperature
 
 
@@ -55,9 +57,11 @@ class MLA(nn.Module):
         sin: Float[Tensor, "seq pairs"],
         segment_ids: Int[Tensor, "batch seq"] | None = None,
         latents: list[Tensor] | None = None,
+        shared: SharedPrompts | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """Attend from each position to those before it, within its document where ``segment_ids`` are given.
 
+        In a batch of ``shared`` prompts, that is from a completion to its prompt and to what it has itself before.
         Where ``latents`` are given, what :meth:`decode` needs of each position is appended: its normalised latent and
         its rotated key, [batch seq kv_rank+rope].
         """
@@ -74,9 +78,11 @@ class MLA(nn.Module):
         if latents is not None:
             latents.append(torch.cat((latent, k_rope.squeeze(-2)), -1))
         k_rope = k_rope.expand(-1, -1, config.num_attention_heads, -1)
+        if shared is not None:
+            return self._behind_prompts(q_nope, q_rope, k_nope, k_rope, value, shared)
         out = causal_attention(
-            torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), -1),  # [batch heads seq nope+rope]
-            torch.cat((k_nope.transpose(1, 2), k_rope.transpose(1, 2)), -1),
+            _by_head(q_nope, q_rope),
+            _by_head(k_nope, k_rope),
             value.transpose(1, 2),
             scale=self.scale,
             segment_ids=segment_ids,
@@ -135,6 +141,23 @@ class MLA(nn.Module):
         out: Tensor = self.o_proj(torch.bmm(mixed.transpose(0, 1), absorbed.value).transpose(0, 1).flatten(-2))
         return out
 
+    def _behind_prompts(
+        self, q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor, shared: SharedPrompts
+    ) -> Float[Tensor, "1 tokens hidden"]:
+        """Attend within prompts, and from completions to their prompts and themselves."""
+        parts = [shared.split(part) for part in (q_nope, q_rope, k_nope, k_rope, value)]
+        (query, key, prompt_value), (c_query, c_key, c_value) = (
+            (_by_head(part[0], part[1]), _by_head(part[2], part[3]), part[4].transpose(1, 2))
+            for part in zip(*parts, strict=True)
+        )
+        prompts = causal_attention(query, key, prompt_value, scale=self.scale)
+        completions = prefix_attention(
+            c_query, c_key, c_value, key, prompt_value, shared.prompt, shared.lengths, scale=self.scale
+        )
+        out = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in (prompts, completions)])
+        mixed: Tensor = self.o_proj(out.flatten(-2).unsqueeze(0))
+        return mixed
+
     def _queries(self, x: Float[Tensor, "... hidden"]) -> tuple[Tensor, Tensor]:
         """Return the content part [... heads nope] and the position part [... heads rope] of the queries."""
         config = self.config
@@ -142,3 +165,10 @@ class MLA(nn.Module):
         query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
         q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
         return q_nope, q_rope
+
+
+def _by_head(
+    nope: Float[Tensor, "batch seq heads nope"], rope: Float[Tensor, "batch seq heads rope"]
+) -> Float[Tensor, "batch heads seq nope+rope"]:
+    """Return content and position parts side by side, a matrix a head."""
+    return torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), -1)

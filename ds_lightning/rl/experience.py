@@ -7,31 +7,39 @@ from typing import NotRequired, TypedDict
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ds_lightning.generation import Sample
 from ds_lightning.losses.policy import Totals
 
 
 class Experience(TypedDict):
-    """A micro-batch. Position t of what has ``seq-1`` columns is about token t + 1."""
+    """A micro-batch: prompts, each once, and the completions of each. Column t is about a completion's token t."""
 
-    input_ids: Int[Tensor, "batch seq"]
-    """Prompt and completion, padded on the right."""
-    mask: Bool[Tensor, "batch seq-1"]
-    """Whether the token belongs to the completion."""
+    prompt_ids: Int[Tensor, "prompts prompt_seq"]
+    """Prompts, padded on the right."""
+    prompt_lengths: Int[Tensor, " prompts"]
+    prompt: Int[Tensor, " batch"]
+    """Prompt of each completion."""
+    completion_ids: Int[Tensor, "batch seq"]
+    """Completions, padded on the right."""
+    mask: Bool[Tensor, "batch seq"]
+    """Whether there is a token."""
     advantages: Float[Tensor, " batch"]
-    rollout_logprobs: Float[Tensor, "batch seq-1"]
+    rollout_logprobs: Float[Tensor, "batch seq"]
     """As the sampler reported them; 0 outside of the mask."""
-    routing: NotRequired[Int[Tensor, "moe_layers batch seq topk"]]
+    prompt_routing: NotRequired[Int[Tensor, "moe_layers prompts prompt_seq topk"]]
     """Experts that the sampler took; -1 where it took none. Only in models with experts."""
-    old_logprobs: NotRequired[Float[Tensor, "batch seq-1"]]
+    routing: NotRequired[Int[Tensor, "moe_layers batch seq topk"]]
+    """The same of the completions."""
+    old_logprobs: NotRequired[Float[Tensor, "batch seq"]]
     """By the training forward under the weights that sampled; only where a rollout is used for several steps."""
-    ref_logprobs: NotRequired[Float[Tensor, "batch seq-1"]]
+    ref_logprobs: NotRequired[Float[Tensor, "batch seq"]]
     """Under the reference policy; only with a KL term."""
     totals: tuple[int, int, int]
     """:class:`~ds_lightning.losses.policy.Totals` of the whole optimizer step."""
     step_tokens: int
-    """Prompt and completion tokens of the whole optimizer step over all ranks."""
+    """Tokens of all prompts and completions of the optimizer step over all ranks, a prompt counted for each answer."""
     step_samples: int
     """Completions of the whole optimizer step that have a gradient."""
     metrics: dict[str, float]
@@ -51,6 +59,11 @@ class Completion:
         """Tokens of prompt and completion."""
         return len(self.prompt) + len(self.sample.tokens)
 
+    def routing(self) -> tuple[Int[Tensor, "prompt moe_layers topk"], Int[Tensor, "new moe_layers topk"]]:
+        """Return the experts of the prompt and of the completion."""
+        assert self.sample.routing is not None, "all samples of a model record it, or none"
+        return self.sample.routing[: len(self.prompt)], self.sample.routing[len(self.prompt) :]
+
 
 def collate(completions: Sequence[Completion], totals: Totals, *, pad_id: int) -> Experience:
     """Return a micro-batch.
@@ -60,37 +73,35 @@ def collate(completions: Sequence[Completion], totals: Totals, *, pad_id: int) -
         totals: What the loss of the optimizer step is divided by.
         pad_id: Token behind the end of a row.
     """
-    rows, seq = len(completions), max(completion.length for completion in completions)
-    input_ids = torch.full((rows, seq), pad_id)
-    mask = torch.zeros(rows, seq - 1, dtype=torch.bool)
-    logprobs = torch.zeros(rows, seq - 1)
-    for row, completion in enumerate(completions):
-        start, end = len(completion.prompt), completion.length
-        input_ids[row, :start] = torch.tensor(completion.prompt)
-        input_ids[row, start:end] = completion.sample.tokens
-        mask[row, start - 1 : end - 1] = True
-        logprobs[row, start - 1 : end - 1] = completion.sample.logprobs
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(tuple(one.prompt) for one in completions))}
+    prompt = [numbers[tuple(one.prompt)] for one in completions]
+    first = [completions[prompt.index(number)] for number in range(len(numbers))]
+    tokens = [one.sample.tokens for one in completions]
     experience = Experience(
-        input_ids=input_ids,
-        mask=mask,
+        prompt_ids=_padded([torch.tensor(one.prompt) for one in first], pad_id),
+        prompt_lengths=torch.tensor([len(one.prompt) for one in first]),
+        prompt=torch.tensor(prompt),
+        completion_ids=_padded(tokens, pad_id),
+        mask=_padded([torch.ones_like(own, dtype=torch.bool) for own in tokens], 0),
         advantages=torch.tensor([completion.advantage for completion in completions]),
-        rollout_logprobs=logprobs,
+        rollout_logprobs=_padded([one.sample.logprobs for one in completions], 0),
         totals=(totals.sequences, totals.tokens, totals.max_tokens),
         step_tokens=sum(completion.length for completion in completions),
         step_samples=sum(completion.advantage != 0 for completion in completions),
         metrics={},
     )
-    recorded = [completion.sample.routing for completion in completions]
-    if recorded[0] is not None:
-        experience["routing"] = _padded_routing(recorded, seq)
+    if completions[0].sample.routing is not None:
+        recorded = [one.routing() for one in completions]
+        experience["routing"] = _by_layer([own for _, own in recorded])
+        experience["prompt_routing"] = _by_layer([one.routing()[0] for one in first])
     return experience
 
 
-def _padded_routing(recorded: Sequence[Tensor | None], seq: int) -> Int[Tensor, "moe_layers batch seq topk"]:
-    first = recorded[0]
-    assert first is not None
-    padded = first.new_full((len(recorded), seq, *first.shape[1:]), -1)
-    for row, routing in enumerate(recorded):
-        assert routing is not None, "all samples of a model record their routing, or none"
-        padded[row, : len(routing)] = routing
-    return padded.permute(2, 0, 1, 3).contiguous()
+def _padded(rows: Sequence[Tensor], value: float) -> Tensor:
+    """Return rows of any length as one tensor."""
+    return pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def _by_layer(routing: Sequence[Int[Tensor, "seq moe_layers topk"]]) -> Int[Tensor, "moe_layers batch seq topk"]:
+    """Return the experts of rows, layer by layer; -1 behind the end of a row."""
+    return _padded(routing, -1).permute(2, 0, 1, 3).contiguous()

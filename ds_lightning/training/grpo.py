@@ -4,12 +4,14 @@ import copy
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ds_lightning.config import DeepSeekConfig
 from ds_lightning.generation import rollout_gap
 from ds_lightning.losses.policy import VARIANTS, Totals
 from ds_lightning.models import DeepSeek
+from ds_lightning.nn.shared_prompts import SharedPrompts
 from ds_lightning.ops.token_logprobs import token_logprobs
 from ds_lightning.ops.topk_gate import Gate
 from ds_lightning.optim import Schedule
@@ -157,23 +159,34 @@ class GRPOModule(DeepSeekModule):
 
     test_step = validation_step
 
-    def logprobs(self, model: DeepSeek, batch: Experience, *, replay: bool | None = None) -> tuple[Tensor, Tensor]:
-        """Return log-probability and entropy of every token but the first, at the temperature of sampling.
+    def logprobs(
+        self, model: DeepSeek, batch: Experience, *, replay: bool | None = None, gates: list[Gate] | None = None
+    ) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"]]:
+        """Return log-probability and entropy of every token of the completions, at the temperature of sampling.
+
+        A prompt is computed once for all of its completions.
 
         Args:
             model: Policy or reference.
             batch: Completions.
             replay: Whether the sampler's experts are taken; none: as the run does.
+            gates: Where given, the routers' decisions are appended.
         """
-        gates = list[Gate]()
-        routing = batch.get("routing") if (self.replay_routing if replay is None else replay) else None
-        hidden = model(batch["input_ids"], gates=gates, routing=routing)
+        gates = [] if gates is None else gates
+        shared = SharedPrompts(
+            batch["prompt"], batch["prompt_lengths"], batch["prompt_ids"].shape[1], batch["completion_ids"].shape[1]
+        )
+        routing = None
+        if (self.replay_routing if replay is None else replay) and "routing" in batch:
+            routing = torch.cat((batch["prompt_routing"].flatten(1, 2), batch["routing"].flatten(1, 2)), 1).unsqueeze(1)
+        input_ids = torch.cat((batch["prompt_ids"].flatten(), batch["completion_ids"].flatten()))
+        hidden = model(input_ids.unsqueeze(0), gates=gates, routing=routing, shared=shared)
         if model is self.model and torch.is_grad_enabled() and gates:
-            fed = torch.nn.functional.pad(batch["mask"], (0, 1))
-            self._count_load(gates, fed)
-        targets = batch["input_ids"][:, 1:].masked_fill(~batch["mask"], -100)
+            of_prompts = torch.zeros_like(batch["prompt_ids"], dtype=torch.bool)
+            self._count_load(gates, torch.cat((of_prompts.flatten(), batch["mask"].flatten())))
+        targets = batch["completion_ids"].masked_fill(~batch["mask"], -100)
         logprobs, entropy = token_logprobs(
-            hidden[:, :-1].flatten(0, 1), model.lm_head.weight, targets.flatten(), self._rollouts.temperature
+            shared.predicting(hidden).flatten(0, 1), model.lm_head.weight, targets.flatten(), self._rollouts.temperature
         )
         return logprobs.view_as(targets), entropy.view_as(targets)
 
@@ -218,18 +231,18 @@ class GRPOModule(DeepSeekModule):
 
     def _sampler_gap(self, micro: Experience) -> dict[str, float]:
         """Compare some completions with what the training forward computes when it chooses experts itself."""
-        rows = micro["input_ids"][:GAP_ROWS]
-        some = Experience(**{**micro, "input_ids": rows, "mask": micro["mask"][:GAP_ROWS]})
-        some = self.trainer.strategy.batch_to_device(some)
+        some = micro.copy()
+        for name in ("prompt", "completion_ids", "mask", "rollout_logprobs"):
+            some[name] = some[name][:GAP_ROWS]
         gates = list[Gate]()
-        self._built(some["input_ids"], gates=gates)
-        recorded = micro.get("routing")
-        chosen = None
-        if recorded is not None:
-            recorded = recorded[:, :GAP_ROWS]
-            chosen = torch.stack([gate.indices.view(*rows.shape, -1) for gate in gates]).to("cpu", recorded.dtype)
-        logprobs = self.logprobs(self._built, some, replay=False)[0].cpu()
-        gap = rollout_gap(micro["rollout_logprobs"][:GAP_ROWS], logprobs, micro["mask"][:GAP_ROWS], recorded, chosen)
+        logprobs, _ = self.logprobs(self._built, self.trainer.strategy.batch_to_device(some), replay=False, gates=gates)
+        recorded, chosen = None, None
+        if "routing" in micro:
+            recorded = micro["routing"][:, :GAP_ROWS]
+            prompts = micro["prompt_ids"].numel()
+            chosen = torch.stack([gate.indices[prompts:].view(recorded.shape[1:]) for gate in gates])
+            chosen = chosen.to("cpu", recorded.dtype)
+        gap = rollout_gap(some["rollout_logprobs"], logprobs.cpu(), some["mask"], recorded, chosen)
         return {
             "sampling/gap_logprob_max": float(gap.max_logprob),
             "sampling/gap_logprob_mean": float(gap.mean_logprob),

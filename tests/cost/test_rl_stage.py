@@ -83,9 +83,9 @@ def test_decoding_reads_weights_experts_and_cache() -> None:
     assert report["phases"]["rollout"]["seconds"] == pytest.approx(10 * (400 * read / 3.35e12 + prefill))
 
 
-def test_scoring_and_training_are_passes_over_all_samples() -> None:
+def test_scoring_and_training_are_passes_over_responses_and_each_prompt_once() -> None:
     report = plan_rl_stage(SMALL, stage(), device="h100", num_devices=1, efficiency=0.5, usd_per_device_hour=36)
-    rate, tokens = 0.5 * 989.5e12, 10 * 32 * 500
+    rate, tokens = 0.5 * 989.5e12, 10 * (32 * 400 + 4 * 100)
     forward, train = (f(SMALL, 500, include_mtp=False) for f in (forward_flops_per_token, train_flops_per_token))
     assert report["phases"]["logprob"]["seconds"] == pytest.approx(2 * tokens * forward / rate)
     assert report["phases"]["train"]["seconds"] == pytest.approx(tokens * train / rate)

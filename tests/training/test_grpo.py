@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 
 from ds_lightning.models import DeepSeek
 from ds_lightning.training import GRPOModule, PretrainModule
-from tests.training.toy_rollouts import MODEL, Record, train
+from tests.training.toy_rollouts import MODEL, Record, plain_rows, train
 
 
 class Gradients(Callback):
@@ -36,16 +36,16 @@ class Gradients(Callback):
 def textbook(policy: DeepSeek, sampler: DeepSeek, batch: Any, sequences: int) -> torch.Tensor:
     """DeepSeekMath, equation 3 without clipping and KL, one token after the other, with the sampler's experts."""
     total = torch.zeros((), dtype=torch.float64)
-    routing = batch.get("routing")
-    new = policy.logits(policy(batch["input_ids"], routing=routing)).log_softmax(-1)
-    old = sampler.logits(sampler(batch["input_ids"], routing=routing)).log_softmax(-1).detach()
-    for row, advantage in enumerate(batch["advantages"].tolist()):
-        places = batch["mask"][row].nonzero()[:, 0].tolist()
-        terms = []
-        for t in places:
-            token = batch["input_ids"][row, t + 1]
-            terms.append((new[row, t, token] - old[row, t, token]).exp() * advantage)
-        total = total - sum(terms) / len(places) / sequences
+    for row, ids in enumerate(plain_rows(batch)):
+        prompt, length = batch["prompt"][row], int(batch["mask"][row].sum())
+        start = int(batch["prompt_lengths"][prompt])
+        ids = ids[: start + length]
+        chosen = torch.cat((batch["prompt_routing"][:, prompt, :start], batch["routing"][:, row, :length]), 1)
+        new, old = (
+            model.logits(model(ids[None], routing=chosen[:, None])).log_softmax(-1)[0] for model in (policy, sampler)
+        )
+        ratios = [(new[t - 1, ids[t]] - old[t - 1, ids[t]].detach()).exp() for t in range(start, len(ids))]
+        total = total - sum(ratios) * batch["advantages"][row] / length / sequences
     return total
 
 

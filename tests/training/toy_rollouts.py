@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from ds_lightning.callbacks import Checkpoints
@@ -36,12 +37,12 @@ MODEL = DeepSeekConfig(
 
 
 class Letters:
-    """Prompts of one letter; what is rewarded is the same for all."""
+    """Prompts of one to three letters; what is rewarded is the same for all."""
 
     name = "letters"
 
     def problem(self, index: int, seed: int, split: Split = "train") -> Problem:
-        return Problem(chr(97 + (index + seed) % 26), {"answer": "e", "check": "exact"})
+        return Problem(chr(97 + (index + seed) % 26) * (1 + index % 3), {"answer": "e", "check": "exact"})
 
 
 class Record(Callback):
@@ -52,10 +53,18 @@ class Record(Callback):
         self.logged: list[dict[str, float]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.batches.append((trainer.global_step, batch["input_ids"].tolist()))
+        self.batches.append((trainer.global_step, plain_rows(batch).tolist()))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def plain_rows(batch: Any) -> torch.Tensor:
+    """Return prompt and completion of each row one behind the other, padded with zeros."""
+    rows = []
+    for prompt, own, kept in zip(batch["prompt"].tolist(), batch["completion_ids"], batch["mask"], strict=True):
+        rows.append(torch.cat((batch["prompt_ids"][prompt, : batch["prompt_lengths"][prompt]], own[kept])))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def write_tokenizer(folder: Path) -> str:

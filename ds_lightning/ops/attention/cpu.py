@@ -20,7 +20,7 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Tensor | None, scale: float) -> Tensor:
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        for start, stop in _blocks(query):
+        for start, stop in query_blocks(query):
             probability = _probability(query, key, segments, scale, start, stop)
             torch.bmm(probability, value[:, :stop], out=out[:, start:stop])
         ctx.save_for_backward(query, key, value, segments)
@@ -31,7 +31,7 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, segments = ctx.saved_tensors
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for start, stop in _blocks(query):
+        for start, stop in query_blocks(query):
             grad = grads[0][:, start:stop]
             probability = _probability(query, key, segments, ctx.scale, start, stop)
             grad_value[:, :stop] += probability.transpose(1, 2) @ grad
@@ -56,7 +56,7 @@ def blocked_attention(
     return out
 
 
-def _blocks(query: Tensor) -> Iterator[tuple[int, int]]:
+def query_blocks(query: Float[Tensor, "rows seq qk"]) -> Iterator[tuple[int, int]]:
     """Yield the first query of each block and the one after its last."""
     for start in range(0, query.shape[1], BLOCK):
         yield start, min(start + BLOCK, query.shape[1])

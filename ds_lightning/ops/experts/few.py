@@ -3,7 +3,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import embedding_bag, silu
 
 from ds_lightning.ops.experts.grouped import routed_experts
 
@@ -39,10 +39,10 @@ def few_tokens(
     with torch.autocast("cpu", enabled=False):
         order = chosen.argsort(stable=True)
         shift = torch.arange(experts) * rows - (counts.cumsum(0) - counts)  # of an expert's first row
-        place = torch.empty_like(chosen)
-        place[order] = torch.arange(len(chosen)) + shift[chosen[order]]
-        padded = x.new_empty(experts * rows, hidden, dtype=dtype)  # a row that nobody fills is one that nobody reads
-        padded[place] = x.to(dtype).repeat_interleave(indices.shape[1], 0)
+        row = torch.arange(len(chosen)) + shift[chosen[order]]
+        place = torch.empty_like(chosen).scatter_(0, order, row)
+        token = chosen.new_zeros(experts * rows).scatter_(0, row, order // indices.shape[1])
+        padded = x.to(dtype).index_select(0, token)  # a row that nobody fills is one that nobody reads
         gate, up = torch.bmm(padded.view(experts, rows, hidden), gate_up_proj.to(dtype).transpose(1, 2)).chunk(2, -1)
-        out = torch.bmm(silu(gate).mul_(up), down_proj.to(dtype).transpose(1, 2)).flatten(0, 1)[place]
-        return torch.bmm(weights.to(dtype).unsqueeze(1), out.view(*indices.shape, hidden)).squeeze(1)
+        out = torch.bmm(silu(gate).mul_(up), down_proj.to(dtype).transpose(1, 2)).flatten(0, 1)
+        return embedding_bag(place.view_as(indices), out, mode="sum", per_sample_weights=weights.to(dtype))

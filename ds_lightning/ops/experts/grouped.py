@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import embedding_bag, grouped_mm, silu
 
 ALIGN = 64
 """Rows that an expert's part of the sorted tokens is rounded up to: CPU libraries prepare a product anew for every
@@ -52,19 +52,19 @@ class _RoutedExperts(torch.autograd.Function):
         gate_values = weights.new_zeros(num_rows)
         gate_values[place] = weights.flatten()
         gate_values = gate_values.unsqueeze(-1).to(x.dtype)
-        rows = x[token]
+        rows = x.index_select(0, token)
         gate_up = _rows_by_expert(rows, gate_up_proj.transpose(1, 2), ends)
         gate, up = gate_up.chunk(2, -1)
         y = _rows_by_expert(silu(gate).mul_(up).mul_(gate_values), down_proj.transpose(1, 2), ends)
         ctx.save_for_backward(place, ends, token, rows, gate_values, gate_up, gate_up_proj, down_proj)
         ctx.shape, ctx.weights_dtype = indices.shape, weights.dtype
-        return y[place].view(*indices.shape, -1).sum(1)
+        return _sum_slots(y, place.view_as(indices))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         place, ends, token, rows, gate_values, gate_up, gate_up_proj, down_proj = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
-        grad_y = grads[0].to(rows.dtype)[token]
+        grad_y = grads[0].to(rows.dtype).index_select(0, token)
         sigmoid = gate.sigmoid()
         act = gate * sigmoid
         hidden = act * up
@@ -79,7 +79,12 @@ class _RoutedExperts(torch.autograd.Function):
         torch.mul(slope.mul_(up), grad_hidden, out=grad_gate)
         grad_rows = _rows_by_expert(grad_gate_up, gate_up_proj, ends)
         grad_gate_up_proj = _weights_by_expert(grad_gate_up, rows, ends)
-        return grad_rows[place].view(*ctx.shape, -1).sum(1), None, grad_weights, grad_gate_up_proj, grad_down
+        return _sum_slots(grad_rows, place.view(ctx.shape)), None, grad_weights, grad_gate_up_proj, grad_down
+
+
+def _sum_slots(rows: Tensor, place: Tensor) -> Tensor:
+    """Return for each token the sum of the rows of its slots, a gather and a sum in one pass."""
+    return embedding_bag(place, rows, mode="sum")
 
 
 def _layout(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
