@@ -146,6 +146,8 @@ class Budget(Callback):
         if ledger is not None:
             limit = tightest(self._limits(ledger))
             left = self._pace.validation(self._batches or 0, _growth(trainer)) + self._pace.save
+            if self.reserve is None:  # for what comes after it, and for what nobody measured
+                left += limit.margin / 2
             end = (limit.name, limit.total, limit.progress(left) < 1)
         name, total, self.pays_validation = trainer.strategy.broadcast(end)
         if pl_module.budget_progress >= 1 and _find(trainer, Checkpoints).stopped:

@@ -30,11 +30,12 @@ class Clock(Callback):
         batch: Hours of a validation batch.
         first: Hours more of the first batch of a validation.
         save: Hours of a checkpoint.
+        late: Hours at the end of training, which nobody expects.
     """
 
-    def __init__(self, batch: float = 0.0, first: float = 0.0, save: float = 0.0) -> None:
+    def __init__(self, batch: float = 0.0, first: float = 0.0, save: float = 0.0, late: float = 0.0) -> None:
         self.hours = 0.0
-        self.batch, self.first, self.save = batch, first, save
+        self.batch, self.first, self.save, self.late = batch, first, save, late
         self.validations: list[int] = []
 
     def __call__(self) -> int:
@@ -51,6 +52,9 @@ class Clock(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
         self.hours += self.save
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.hours += self.late
 
 
 class Run:
@@ -235,6 +239,17 @@ def test_a_last_validation_that_has_become_too_expensive_is_left_out(tmp_path: P
     assert run.budget.reached
     assert not run.budget.pays_validation
     assert run.totals.device_hours <= 10.1
+
+
+@pytest.mark.parametrize(("late", "pays"), [(2.85, True), (2.95, False)])
+def test_half_of_the_margin_is_for_what_comes_after_the_last_validation(
+    tmp_path: Path, *, late: float, pays: bool
+) -> None:
+    clock = Clock(batch=0.5, late=late)
+    run = Run(tmp_path, Budget(hours=40.5), steps=60, clock=clock, val_check_interval=10)
+    # 30 steps and two validations of 2.5 hours: 3 hours are left with a third one, the margin is 0.2.
+    assert run.totals.device_hours == 35 + late + (2.5 if pays else 0)
+    assert run.budget.pays_validation == pays
 
 
 def test_a_new_run_that_cannot_pay_for_its_end_is_refused(tmp_path: Path) -> None:
