@@ -8,6 +8,7 @@ generator to pick the item of a container that it looks at, which tests of an ex
 
 import os
 import random
+import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -49,6 +50,37 @@ def _reproducible() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def _process_state() -> dict[str, Any]:
+    """Return what a test may change of its process, and what the processes that it starts inherit.
+
+    Not what libraries set and never reset: timers of pytest, seeds of Lightning, torch's watch over its readers.
+    """
+    signals = signal.valid_signals() - {signal.SIGALRM, signal.SIGCHLD}
+    others = ("PYTEST_", "PL_", "TORCHINDUCTOR_")
+    return {
+        **{f"signal {number}": signal.getsignal(number) for number in signals},
+        **{f"${name}": value for name, value in os.environ.items() if not name.startswith(others)},
+        "blocked signals": signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+        "working directory": os.getcwd(),
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leaves_nothing_behind() -> Iterator[None]:
+    """Fail a file that changes its process for those after it."""
+    before = _process_state()
+    yield
+    after = _process_state()
+    names = sorted(before.keys() | after.keys())
+    changed = [
+        f"{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)
+    ]
+    assert not changed
 
 
 def _refuse_remote(host: object) -> None:
