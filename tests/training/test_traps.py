@@ -13,20 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.distributed.distributed_c10d import HashStore
 
 from ds_lightning.callbacks import Preemption
 from ds_lightning.training.precision import ZeROPrecision
 from tests.callbacks.toy_run import At, Run, send
 from tests.training.ranks import run_ranks
-from tests.training.toy_traps import KINDS, MICRO_BATCHES, RATE, STAGES, STEPS, Batch, Result, step
+from tests.training.toy_line import KINDS, MICRO_BATCHES, RATE, STAGES, STEPS, Batch, Result, step
 
-ROUNDING = {"rtol": 0.0, "atol": 1e-7}
+ROUNDING: dict[str, Any] = {"rtol": 0.0, "atol": 1e-7}
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 stages = pytest.mark.parametrize("stage", STAGES)
@@ -35,14 +36,14 @@ stages = pytest.mark.parametrize("stage", STAGES)
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What one rank shows, by kind."""
-    [result] = run_ranks("tests.training.toy_traps:one", str(tmp_path_factory.mktemp("one")), ranks=1)
+    [result] = run_ranks("tests.training.toy_line:one", str(tmp_path_factory.mktemp("one")), ranks=1)
     return dict(result)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Result]]]:
     """What each of two ranks shows, by kind and stage."""
-    return run_ranks("tests.training.toy_traps:two", str(tmp_path_factory.mktemp("two")))
+    return run_ranks("tests.training.toy_line:two", str(tmp_path_factory.mktemp("two")))
 
 
 def gradient(weight: Tensor, batches: list[Batch]) -> Tensor:
@@ -109,9 +110,7 @@ def test_trap_5_random_numbers_go_on_where_they_were(one: dict[str, Any], kind: 
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", [2, 3])
 @kinds
-def test_trap_5_every_rank_gets_its_own_state_back(
-    two: list[dict[str, list[Result]]], kind: str, stage: int
-) -> None:
+def test_trap_5_every_rank_gets_its_own_state_back(two: list[dict[str, list[Result]]], kind: str, stage: int) -> None:
     """The module of the stock run keeps the random state of its rank in a callback's state."""
     [first, second] = [rank[f"{kind} {stage}"] for rank in two]
     assert first[0]["drawn"] != second[0]["drawn"]
@@ -136,7 +135,9 @@ def test_trap_6_flipped_bits_are_found(one: dict[str, Any], kind: str) -> None:
     assert flipped["error"] == ""
     if kind == "stock":
         assert flipped["skipped"] == []
-        assert float((flipped["weights"][-1] - straight["weights"][-1]).norm()) > 0.01, "it trains on, from other weights"
+        assert float((flipped["weights"][-1] - straight["weights"][-1]).norm()) > 0.01, (
+            "it trains on, from other weights"
+        )
         return
     [reason] = flipped["skipped"]
     assert reason.startswith("state.ckpt/shards/zero_pp_rank_0_mp_rank_00_optim_states.pt has sha256 ")
@@ -190,7 +191,7 @@ def test_trap_7_sigterm_costs_no_step(tmp_path: Path, kind: str) -> None:
 
 @pytest.fixture
 def group_of_one() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""A line fitted under ZeRO on a CPU, by Lightning's own classes and by ours, in one or two of the ranks of ``ranks.py``.
+"""A line fitted under ZeRO on a CPU, by Lightning's own classes and by ours, in ranks of ``ranks.py``.
 
 Plain SGD without clipping, so that nothing hides a factor in the gradient.
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from ds_lightning.callbacks import Checkpoints
@@ -44,9 +44,9 @@ def step() -> list[Batch]:
 class OnCPU(DeepSpeedStrategy):
     """Lightning's strategy with nothing changed but that it does not ask for CUDA."""
 
-    setup_environment = ZeRO.setup_environment  # type: ignore[assignment]
-    setup_distributed = ZeRO.setup_distributed  # type: ignore[assignment]
-    _setup_model_and_optimizer = ZeRO._setup_model_and_optimizer  # type: ignore[assignment]
+    setup_environment = ZeRO.setup_environment
+    setup_distributed = ZeRO.setup_distributed
+    _setup_model_and_optimizer = ZeRO._setup_model_and_optimizer
     _device_rank = ZeRO._device_rank
 
 
@@ -86,6 +86,9 @@ class Line(LightningModule):
         self.labels.append(batch["y"].dtype)
         self.drawn.append(float(torch.rand(())))
         return self.loss(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(batch)
 
     def on_train_start(self) -> None:
         self.weights.append(self.weight())
@@ -172,9 +175,11 @@ def fit(
     ranks: int = 1,
     seed: int = 0,
     ckpt_path: Any = None,
+    val: list[Any] | None = None,
     **options: Any,
 ) -> Result:
     """Train an epoch on batches, and return what can be seen of it."""
+    defaults: dict[str, Any] = {"precision": "32-true", "num_sanity_val_steps": 0}
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False)
     module = Line(manual=manual)
     trainer = Trainer(
@@ -183,12 +188,12 @@ def fit(
         strategy=strategy,
         max_epochs=1,
         callbacks=list(callbacks),
-        **{"precision": "32-true", "enable_checkpointing": bool(callbacks), **quiet, **options},
+        **{**defaults, "enable_checkpointing": bool(callbacks), **quiet, **options},
     )
     error = ""
     torch.manual_seed(seed + trainer.global_rank)
     try:
-        trainer.fit(module, From(batches, 0), ckpt_path=ckpt_path)
+        trainer.fit(module, From(batches, 0), val, ckpt_path=ckpt_path)
     except (Killed, MisconfigurationException, RuntimeError, ValueError, OSError) as raised:
         error = f"{type(raised).__name__}: {raised}".splitlines()[0]
     engine: Any = trainer.strategy.model
@@ -219,9 +224,9 @@ def newest_of(kind: str, folder: Path) -> tuple[Path | None, list[str]]:
 def attempt(
     kind: str, folder: Path, *callbacks: Callback, stage: int = 2, resume: bool = False, **options: Any
 ) -> Result:
-    """Train for four steps on one batch, always the same, with a save after each, from the newest checkpoint or the start."""
+    """Train for four steps on one batch with a save after each, from the newest checkpoint or from the start."""
     newest, skipped = newest_of(kind, folder) if resume else (None, [])
-    saves, batches = saves_of(kind, folder), [draw(0)] * STEPS
+    saves, batches = saves_of(kind, folder), [draw(0)] * (STEPS * options.get("accumulate_grad_batches", 1))
     options |= {"default_root_dir": folder, "ckpt_path": newest}
     return {**fit(strategy_of(kind, stage), batches, *callbacks, saves, **options), "skipped": skipped}
 
@@ -261,7 +266,7 @@ def one(folder: str) -> dict[str, dict[str, Any]]:
 
 def _one(kind: str, folder: Path) -> dict[str, Any]:
     as_it_comes = DeepSpeedStrategy(stage=2) if kind == "stock" else ZeRO(2)
-    accumulate = {"accumulate_grad_batches": MICRO_BATCHES}
+    accumulate: dict[str, Any] = {"accumulate_grad_batches": MICRO_BATCHES}
     return {
         "cpu": fit(as_it_comes, step()),
         "accumulated": {stage: fit(strategy_of(kind, stage), step(), **accumulate) for stage in STAGES},
