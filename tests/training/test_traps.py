@@ -19,7 +19,6 @@ from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
-from torch.distributed.distributed_c10d import HashStore
 
 from ds_lightning.callbacks import Preemption
 from ds_lightning.training.precision import ZeROPrecision
@@ -191,7 +190,8 @@ def test_trap_7_sigterm_costs_no_step(tmp_path: Path, kind: str) -> None:
 
 @pytest.fixture
 def group_of_one() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 

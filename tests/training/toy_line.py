@@ -193,7 +193,7 @@ def fit(
     error = ""
     torch.manual_seed(seed + trainer.global_rank)
     try:
-        trainer.fit(module, From(batches, 0), val, ckpt_path=ckpt_path)
+        trainer.fit(module, From(batches, 0), val and From(val, 0), ckpt_path=ckpt_path)
     except (Killed, MisconfigurationException, RuntimeError, ValueError, OSError) as raised:
         error = f"{type(raised).__name__}: {raised}".splitlines()[0]
     engine: Any = trainer.strategy.model
