@@ -2,8 +2,7 @@
 
 The oracle is the run left alone: the newest checkpoint (weights, optimizer, routing biases, random state, loops), the
 exported weights and the curves in the TensorBoard files, compared bitwise. Every attempt at the run with masks has
-another number of processes that read ahead. The oracle of the ledger is a clock outside
-of the process.
+another number of processes that read ahead. The oracle of the ledger is a clock outside of the process.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import torch
 import yaml
 
 from tests.callbacks.toy_run import differences
-from tests.e2e.command import NUM_STEPS, SAVE_EVERY, VALIDATE_EVERY, Run, config, write_corpus
+from tests.e2e.command import NUM_STEPS, SAVE_EVERY, VALIDATE_EVERY, Attempt, Run, config, write_corpus
 
 pytestmark = pytest.mark.slow
 
@@ -46,16 +45,15 @@ def _masked(folder: Path) -> Run:
 
 
 def _masked_killed(folder: Path) -> Run:
-    run = None
+    attempts: list[Attempt] = []
     for workers, interrupt, status in (
         (1, "SIGKILL micro_batch 15", -9),
         (0, "SIGTERM micro_batch 16", 3),
         (2, None, 0),
     ):
         settings = config(data__init_args__mask_documents=True, data__init_args__num_workers=workers)
-        run = Run(folder, settings, "masked_killed", run.attempts if run else [])
+        run = Run(folder, settings, "masked_killed", attempts)
         run.attempt(interrupt, status=status)
-    assert run
     return run
 
 
