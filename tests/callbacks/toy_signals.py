@@ -75,7 +75,10 @@ def stopped(folder: Path) -> dict[str, list[Any]]:
 
 
 def refused(folder: Path, first: int, end: int) -> tuple[Result, list[str]]:
-    """Return what a run made of a disk that one rank may not write to for some steps, and the checkpoints it left."""
+    """Return what a run made of a disk that one rank may not write to for some steps, and the checkpoints it left.
+
+    After an error rank 0 alone knows: it removes what was not finished when the others may be gone.
+    """
     result = attempt("ours", folder, Refuse(first, end), seed=10, **SETTINGS)
     return result, sorted(path.name for path in (folder / "checkpoints").iterdir())
 
