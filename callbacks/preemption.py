@@ -22,10 +22,12 @@ class Preemption(Callback):
     due at that step is left to the resumed run. A signal during a validation waits for its end, because half a
     validation is worth nothing; keep ``limit_val_batches`` below the notice that the scheduler gives.
 
-    A second SIGINT raises KeyboardInterrupt at once. The handlers replace Lightning's own from the sanity check on, whose
-    SIGTERM handler ends the run without a checkpoint, and talks to other ranks in the middle of whatever they do. So all
-    that Lightning asks of rank 0 before every micro-batch, which makes the host wait for the device, is whether that
-    handler was called, and it is asked no more. Lightning puts back the handlers from before the run at its end.
+    A second SIGINT raises KeyboardInterrupt at once.
+
+    From the sanity check on the handlers replace Lightning's own, whose SIGTERM handler ends the run without a
+    checkpoint, and talks to other ranks in the middle of whatever they do. Before every micro-batch Lightning asks rank
+    0 whether that handler was called, which makes the host wait for the device; that is left out too. Lightning puts
+    back the handlers from before the run at its end.
 
     Attributes:
         preempted: Whether training was ended before its last step, with a valid checkpoint.
