@@ -22,8 +22,12 @@ class Preemption(Callback):
     due at that step is left to the resumed run. A signal during a validation waits for its end, because half a
     validation is worth nothing; keep ``limit_val_batches`` below the notice that the scheduler gives.
 
-    A second SIGINT raises KeyboardInterrupt at once. The handlers replace Lightning's own from ``on_train_start`` on,
-    whose SIGTERM handler ends the run without a checkpoint. Lightning puts back those from before the run at its end.
+    A second SIGINT raises KeyboardInterrupt at once.
+
+    From the sanity check on the handlers replace Lightning's own, whose SIGTERM handler ends the run without a
+    checkpoint, and talks to other ranks in the middle of whatever they do. Before every micro-batch Lightning asks rank
+    0 whether that handler was called, which makes the host wait for the device; that is left out too. Lightning puts
+    back the handlers from before the run at its end.
 
     Attributes:
         preempted: Whether training was ended before its last step, with a valid checkpoint.
@@ -56,11 +60,14 @@ class Preemption(Callback):
             self.preempted = self._asked = False
             self._received.clear()
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install the handlers: a signal in the sanity check ends the run after its first step."""
+        self._install(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the handlers."""
+        """Install the handlers, where there was no sanity check."""
         self._step = trainer.global_step
-        for number in self.signals:
-            signal.signal(number, self._handle)
+        self._install(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ask for the stop before ``Checkpoints``, which comes last, looks for it at the same optimizer step."""
@@ -70,7 +77,8 @@ class Preemption(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the stop after a validation, if the signal came during it."""
-        self._ask(trainer)
+        if not trainer.sanity_checking:
+            self._ask(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell whether training was ended early."""
@@ -80,6 +88,12 @@ class Preemption(Callback):
         """Say why the run ends, where Lightning would end the process without a word."""
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+
+    def _install(self, trainer: Trainer) -> None:
+        for number in self.signals:
+            signal.signal(number, self._handle)
+        if signal.SIGTERM in self.signals:
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _say_nothing  # type: ignore[method-assign]
 
     def _ask(self, trainer: Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(bool(self._received), all=False):
@@ -97,3 +111,7 @@ class Preemption(Callback):
             if isinstance(callback, Checkpoints):
                 return callback
         raise ValueError("Preemption: trainer.callbacks has no Checkpoints, expected one: add it, or remove Preemption")
+
+
+def _say_nothing() -> None:
+    """Stand in for Lightning's question to rank 0."""

@@ -23,8 +23,9 @@ _FIXED = (
 def check_run_folder(folder: Path, config: dict[str, Any]) -> None:
     """Refuse a folder in which another training has saved its state.
 
-    Model, data, seed, precision, accumulation and clipping may not change within a run; where it runs, what it
-    logs and how often it saves may. Before the first checkpoint there is nothing that another config could spoil.
+    Model, data, seed, precision, accumulation and clipping may not change within a run; where it runs, how many
+    processes read ahead, what it logs and how often it saves may. Before the first checkpoint there is nothing that
+    another config could spoil.
 
     Args:
         folder: The run's folder.
@@ -39,9 +40,17 @@ def check_run_folder(folder: Path, config: dict[str, Any]) -> None:
         return
     earlier = read_config(folder / CONFIG)
     for key in _FIXED:
-        difference = first_difference(key, value_at(earlier, key), value_at(config, key))
+        difference = first_difference(key, _fixed(earlier, key), _fixed(config, key))
         if difference:
             raise ValueError(f"{folder} belongs to another config: {difference}; give another --out")
+
+
+def _fixed(config: dict[str, Any], key: str) -> Any:
+    """Return what may not change under a key: how many processes read ahead changes no batch."""
+    value = value_at(config, key)
+    if key != "data" or not isinstance(value_at(value, "init_args"), dict):
+        return value
+    return {**value, "init_args": {**value["init_args"], "num_workers": 0}}
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -152,10 +152,20 @@ class ZeRO(DeepSpeedStrategy):
         return engine, optimizer
 
     def init_deepspeed(self) -> None:
-        """Make the engine; of a model that has one from its fit, take that."""
+        """Make the engine; of a model that has one from its fit, take that.
+
+        Raises:
+            ValueError: If the module makes its optimizer steps itself.
+        """
         assert self.lightning_module is not None
         assert isinstance(self.config, dict)
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            if not self.lightning_module.automatic_optimization:  # the others are lost without a word
+                raise ValueError(
+                    "model: automatic_optimization is False, and of several backward passes before such a step ZeRO "
+                    "keeps the last one's gradient alone, expected True: let training_step return the loss of a "
+                    "micro-batch, and set trainer.accumulate_grad_batches"
+                )
             fit_buckets(self.config, self.lightning_module)
             self._initialize_deepspeed_train(self.lightning_module)
             shards.detach_failures(self.model)

@@ -1,6 +1,7 @@
 """Signals and kills against runs that were never interrupted.
 
 The oracle is the same as in ``test_checkpoints.py``. SIGKILL needs a process to kill: this file is the program too.
+On two ranks each draws numbers of its own, so that what it did can be told from what the other did.
 """
 
 import os
@@ -13,12 +14,16 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from ds_lightning.callbacks.checkpoints import Checkpoints
 from ds_lightning.callbacks.preemption import Preemption
 from ds_lightning.training import checkpoint
 from tests.callbacks.toy_run import At, Run, departures, kill, send, stop
+from tests.callbacks.toy_signals import PLACES
+from tests.training.ranks import run_ranks
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ROOT = Path(__file__).parents[2]
@@ -72,6 +77,34 @@ def test_a_signal_in_a_save_stops_at_the_next_step(tmp_path: Path, straight: Run
     first = Run(tmp_path, preemption, accumulate=4)
     assert preemption.preempted
     assert first.saved_steps == [6, 7]
+    second = Run(tmp_path, Preemption(), accumulate=4, resume=True, seed=1)
+    assert departures(straight, first, second) == {}
+
+
+def test_a_signal_in_a_backward_pass_waits_for_the_step(tmp_path: Path, straight: Run) -> None:
+    class InBackward(Callback):
+        def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+            if trainer.fit_loop.epoch_loop.batch_idx == 4 * 6 + 1:
+                loss.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGTERM))
+
+    preemption = Preemption()
+    first = Run(tmp_path, preemption, InBackward(), accumulate=4)
+    assert preemption.preempted
+    assert first.trainer.global_step == 7
+    second = Run(tmp_path, Preemption(), accumulate=4, resume=True, seed=1)
+    assert departures(straight, first, second) == {}
+
+
+def test_a_signal_in_the_sanity_check_waits_for_the_first_step(tmp_path: Path, straight: Run) -> None:
+    class InSanityCheck(Callback):
+        def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.sanity_checking:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    preemption = Preemption()
+    first = Run(tmp_path, preemption, InSanityCheck(), accumulate=4)
+    assert preemption.preempted
+    assert first.saved_steps == [1]
     second = Run(tmp_path, Preemption(), accumulate=4, resume=True, seed=1)
     assert departures(straight, first, second) == {}
 
@@ -135,6 +168,47 @@ def test_a_name_that_is_no_signal_is_refused(name: str) -> None:
 def test_a_trainer_without_checkpoints_is_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.callbacks has no Checkpoints, expected one"):
         Preemption().setup(Mock(callbacks=[]), Mock(), "fit")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks makes of signals and refused writes."""
+    return run_ranks("tests.callbacks.toy_signals:main", str(tmp_path_factory.mktemp("ranks")))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_any_one_rank_stops_all_and_they_resume_bitwise(
+    ranks: list[dict[str, Any]], told: int, place: str
+) -> None:
+    assert ranks[0]["straight"]["drawn"] != ranks[1]["straight"]["drawn"]
+    for rank in ranks:
+        straight, (preempted, first, second) = rank["straight"], rank["stopped"][f"{told} {place}"]
+        assert [straight["error"], first["error"], second["error"]] == [""] * 3
+        assert preempted
+        assert len(first["drawn"]) == 2 * PLACES[place]
+        assert first["drawn"] + second["drawn"] == straight["drawn"]
+        assert torch.equal(second["weights"][-1], straight["weights"][-1])
+
+
+@pytest.mark.soak
+def test_a_rank_that_may_not_write_costs_all_of_them_the_same_save(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        result, left = rank["refused for a step"]
+        assert result["error"] == ""
+        assert left == ["step-00000001", "step-00000003", "step-00000004"]
+        assert torch.equal(result["weights"][-1], rank["straight"]["weights"][-1])
+
+
+@pytest.mark.soak
+def test_a_rank_that_may_not_write_at_the_end_fails_all_and_spares_the_old_checkpoint(
+    ranks: list[dict[str, Any]],
+) -> None:
+    (first, left), (second, _) = (rank["refused at the end"] for rank in ranks)
+    assert first["error"].startswith("PermissionError: [Errno 13] Permission denied on rank 1: ")
+    assert second["error"].startswith("PermissionError: [Errno 13] Permission denied: ")
+    assert left == ["step-00000001", "step-00000002", "step-00000003"]
 
 
 def run_until_killed(folder: Path, scenario: str) -> None:

@@ -190,6 +190,7 @@ class Run:
         validate_every: int | None = None,
         seed: int = 0,
         min_steps: int | None = None,
+        plugins: list[Any] | None = None,
     ) -> None:
         random.seed(seed)
         np.random.seed(seed)
@@ -211,6 +212,7 @@ class Run:
             enable_progress_bar=False,
             enable_model_summary=False,
             min_steps=min_steps,
+            plugins=plugins,
         )
         self.started_from = checkpoint.newest_valid(self.folder)[0] if resume else None
         assert bool(self.started_from) == resume

@@ -1,8 +1,8 @@
 """Runs of the real command that were killed or stopped and resumed, against one that was left alone.
 
 The oracle is the run left alone: the newest checkpoint (weights, optimizer, routing biases, random state, loops), the
-exported weights and the curves in the TensorBoard files, compared bitwise. The oracle of the ledger is a clock outside
-of the process.
+exported weights and the curves in the TensorBoard files, compared bitwise. Every attempt at the run with masks has
+another number of processes that read ahead. The oracle of the ledger is a clock outside of the process.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests.callbacks.toy_run import differences
-from tests.e2e.command import NUM_STEPS, VALIDATE_EVERY, Run, config, write_corpus
+from tests.e2e.command import NUM_STEPS, SAVE_EVERY, VALIDATE_EVERY, Attempt, Run, config, write_corpus
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +35,9 @@ def _stopped(folder: Path) -> Run:
     return run.attempt(sleep=LONG)
 
 
-def _workers(folder: Path) -> Run:
-    return Run(folder, config(data__init_args__num_workers=2), "workers").attempt()
+def _again(folder: Path) -> Run:
+    settings = yaml.safe_load((folder / "straight" / "config.yaml").read_text(encoding="utf-8"))
+    return Run(folder, settings, "again").attempt()
 
 
 def _masked(folder: Path) -> Run:
@@ -43,9 +45,16 @@ def _masked(folder: Path) -> Run:
 
 
 def _masked_killed(folder: Path) -> Run:
-    settings = config(data__init_args__mask_documents=True, data__init_args__num_workers=1)
-    run = Run(folder, settings, "masked_killed")
-    return run.attempt("SIGKILL micro_batch 15", status=-9).attempt("SIGTERM micro_batch 16", status=3).attempt()
+    attempts: list[Attempt] = []
+    for workers, interrupt, status in (
+        (1, "SIGKILL micro_batch 15", -9),
+        (0, "SIGTERM micro_batch 16", 3),
+        (2, None, 0),
+    ):
+        settings = config(data__init_args__mask_documents=True, data__init_args__num_workers=workers)
+        run = Run(folder, settings, "masked_killed", attempts)
+        run.attempt(interrupt, status=status)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     write_corpus(folder / "corpus")
     straight = Run(folder, config(), "straight").attempt()
     with ThreadPoolExecutor(4) as pool:  # two of them sleep most of the time
-        jobs = [pool.submit(job, folder) for job in (_killed, _stopped, _workers, _masked, _masked_killed)]
+        jobs = [pool.submit(job, folder) for job in (_killed, _stopped, _again, _masked, _masked_killed)]
         return {run.name: run for run in (straight, *(job.result() for job in jobs))}
 
 
@@ -76,7 +85,6 @@ def test_the_straight_run_is_one_that_could_differ(runs: dict[str, Run]) -> None
     [
         ("killed", "straight", [0, 3, 3, 6, 6]),
         ("stopped", "straight", [0, 5, 8, 10]),
-        ("workers", "straight", [0]),
         ("masked_killed", "masked", [0, 6, 9]),
     ],
 )
@@ -85,6 +93,14 @@ def test_an_interrupted_run_is_bitwise_the_run_left_alone(
 ) -> None:
     run, expected = runs[name], runs[straight]
     assert [attempt.started_from for attempt in run.attempts] == started_from
+    assert differences(run.state(), expected.state()) == []
+    assert differences(run.exported(), expected.exported()) == []
+    assert run.logged() == expected.logged()
+
+
+def test_a_saved_config_runs_again_to_the_same_bits(runs: dict[str, Run]) -> None:
+    run, expected = runs["again"], runs["straight"]
+    assert run.settings["checkpoints"]["every_n_steps"] == SAVE_EVERY
     assert differences(run.state(), expected.state()) == []
     assert differences(run.exported(), expected.exported()) == []
     assert run.logged() == expected.logged()

@@ -64,7 +64,9 @@ def test_another_training_is_refused_by_its_first_difference(
     assert read_config(folder / "config.yaml") == CONFIG
 
 
-@pytest.mark.parametrize(("key", "value"), [("out", "b"), ("trainer.devices", 8), ("samples.prompts", [])])
+@pytest.mark.parametrize(
+    ("key", "value"), [("out", "b"), ("trainer.devices", 8), ("samples.prompts", []), ("data.init_args.num_workers", 2)]
+)
 def test_where_it_runs_and_what_it_logs_may_change(folder: Path, key: str, value: Any) -> None:
     check_run_folder(folder, changed(key, value))
 
