@@ -5,10 +5,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ds_lightning.generation import Generator, Sample
+from ds_lightning.rl.answers import score
 from ds_lightning.rl.builtin_rewards import accuracy
 from ds_lightning.rl.prompting import Prompter
 from ds_lightning.rl.rewards import Reward, Scorer
-from ds_lightning.rl.rollouts import score
 from ds_lightning.rl.tasks import Task
 
 SHOWN = 10

@@ -88,8 +88,8 @@ class Generator:
             stop: Token that ends a sample, or several, or sequences of tokens. Prompts are not searched.
             seed: Of all random numbers.
             keys: Number of each prompt that its random numbers are drawn from, with the seed; none: its index.
-            numbers: Samples to generate, of all that ``prompts`` and ``n`` ask for; none: all. Processes can so share the
-                samples of one prompt.
+            numbers: Samples to generate, of all that ``prompts`` and ``n`` ask for, so that processes can share those
+                of one prompt; none: all.
             max_batch: Samples that are advanced together at most.
             record_routing: Keep the experts of every token.
             exact: Compute the returned log-probabilities and experts anew with the training forward, row by row: they
