@@ -18,7 +18,7 @@ from tests.training.toy_zero import Curves, whole_weights
 REWARDS = {
     "letter": LETTER,
     "length": Reward(f"{REWARD}:counts"),
-    "dislikes c": Reward(f"{REWARD}:dislikes", options={"letter": "c"}),
+    "dislikes ccc": Reward(f"{REWARD}:dislikes", options={"prompt": "ccc"}),
 }
 SFT_SHAPE = replace(CONFIG, vocab_size=280)
 
@@ -98,4 +98,4 @@ def fine_tune(folder: str, strategy: str) -> dict[str, Any]:
 def main(runs: str, sft: str) -> dict[str, Any]:
     """Make all attempts one after the other."""
     results = {name: attempt(**run) for name, run in json.loads(runs).items()}
-    return {**results, "sft": fine_tune(sft, "2")}
+    return {**results, "sft": fine_tune(sft, "2")} if sft else results
