@@ -1,6 +1,6 @@
-"""The real command: reinforcement learning on two ranks under ZeRO 3, to its end, and with a reward that one rank fails.
+"""The real command: reinforcement learning on two ranks under ZeRO 3, to its end, and with a reward that raises on one.
 
-The oracle of the export is the tokenizer and shape that the run was given, and that a model generates from it.
+The oracle is what the test asks for: the number of steps and validations, the shape of the model, the fault.
 """
 
 from pathlib import Path
