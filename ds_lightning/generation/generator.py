@@ -76,7 +76,7 @@ class Generator:
         exact: bool = False,
         on_tokens: Callable[[list[int], list[int]], None] | None = None,
     ) -> list[Sample]:
-        """Continue every prompt ``n`` times.
+        """Continue every prompt ``n`` times; return the samples of the first prompt, then those of the second, and so on.
 
         Args:
             prompts: Token ids.
@@ -88,16 +88,12 @@ class Generator:
             stop: Token that ends a sample, or several, or sequences of tokens. Prompts are not searched.
             seed: Of all random numbers.
             keys: Number of each prompt that its random numbers are drawn from, with the seed; none: its index.
-            numbers: Samples to generate, of all that ``prompts`` and ``n`` ask for, so that processes can share those
-                of one prompt; none: all.
+            numbers: Which of these samples to generate, so that processes can share those of a prompt; none: all.
             max_batch: Samples that are advanced together at most.
             record_routing: Keep the experts of every token.
             exact: Compute the returned log-probabilities and experts anew with the training forward, row by row: they
                 are then bitwise what it gives for that row, at the price of one more forward.
             on_tokens: Called after every step with the numbers of the samples that were given a token, and the tokens.
-
-        Returns:
-            The samples of the first prompt, then those of the second, and so on.
 
         Raises:
             ValueError: If an argument is out of range, a prompt is empty, holds an id that the vocabulary lacks, or

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from ds_lightning.optim import Schedule
 from ds_lightning.rl.experience import Experience
 from ds_lightning.training.exchange import from_all_ranks
 from ds_lightning.training.module import DeepSeekModule
+from ds_lightning.training.strategy import whole_weights
 
 GAP_ROWS = 16
 """Completions of a rollout that are run without replay, to see how far the sampler is from the training forward."""
@@ -183,7 +184,10 @@ class GRPOModule(DeepSeekModule):
     @contextmanager
     def sampler(self) -> Iterator[DeepSeek]:
         """Hold the policy's weights in full on every rank, and run it in the precision of training."""
-        with self._together(self._built) as model, self.trainer.precision_plugin.forward_context():
+        with (
+            whole_weights(self.trainer.strategy, self._built) as model,
+            self.trainer.precision_plugin.forward_context(),
+        ):
             yield model
 
     def from_all_ranks(self, make: Callable[[], Any]) -> list[Any]:
@@ -210,7 +214,8 @@ class GRPOModule(DeepSeekModule):
         """Add to a rollout what the loss needs of the reference, where there is one."""
         if self.reference is None:
             return
-        with self._together(self.reference) as reference, self.trainer.precision_plugin.forward_context():
+        strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
+        with whole_weights(strategy, self.reference) as reference, precision.forward_context():
             for micro in (micro for step in steps for micro in step):
                 micro["ref_logprobs"] = self.logprobs(reference, self._on_device(micro))[0].cpu()
 
@@ -240,9 +245,6 @@ class GRPOModule(DeepSeekModule):
     @property
     def _rollouts(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
-
-    def _together(self, model: DeepSeek) -> AbstractContextManager[DeepSeek]:
-        return nullcontext(model) if self._zero is None else self._zero.together(model)
 
     def _copy_of_policy(self) -> DeepSeek:
         """Return a model of the policy's weights, sharded as they are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -245,6 +245,11 @@ class ZeRO(DeepSpeedStrategy):
 def zero_stage(strategy: Any) -> int:
     """Return how a strategy shards the state of a run; 0: not at all."""
     return strategy.stage if isinstance(strategy, ZeRO) else 0
+
+
+def whole_weights(strategy: Any, model: Any) -> AbstractContextManager[DeepSeek]:
+    """Hold a model's weights in full on every rank, under any strategy: :meth:`ZeRO.together`."""
+    return strategy.together(model) if isinstance(strategy, ZeRO) else nullcontext(model)
 
 
 def _use_cpu() -> None:

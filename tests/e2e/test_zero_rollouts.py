@@ -3,6 +3,7 @@
 The oracle is what the test asks for: the number of steps and validations, the shape of the model, the fault.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ REWARDS = ROOT / "tests" / "rl" / "reward_functions.py"
 
 
 def settings(folder: Path, reward: dict[str, Any]) -> dict[str, Any]:
-    """Return a run of two rollouts of three problems; rank 1 answers the third alone."""
+    """Return a run of two rollouts of three problems; the ranks share one of them."""
     problems = folder / "letters.jsonl"
     problems.write_text("".join(f'{{"prompt": "{letter}", "answer": "e"}}\n' for letter in "abc"), encoding="ascii")
     shape = {
@@ -67,5 +68,7 @@ def test_a_reward_that_raises_on_one_rank_is_said_once(tmp_path: Path) -> None:
     reward = {"function": f"{REWARDS}:dislikes", "options": {"prompt": "c"}}
     run = Run(tmp_path, settings(tmp_path, reward), "raises").attempt(status=2)
     (line,) = [line for line in run.attempts[-1].err.splitlines() if line.startswith("ds-lightning: ")]
-    assert line == "ds-lightning: rank 1: reward 'dislikes' on completion 2: raised ValueError: I do not like c"
+    assert re.match(
+        r"ds-lightning: rank \d: reward 'dislikes' on completion \d: raised ValueError: I do not like c$", line
+    )
     assert "Traceback" not in run.attempts[-1].err

@@ -100,9 +100,9 @@ def test_a_running_rollout_is_that_of_all_ranks_and_can_be_dealt_anew(tmp_path: 
     for rank in range(2):
         data = datamodule(tmp_path, rank, 2, 2)
         of_ranks.append([data._step(step, 0, 0) for step in members])
-    state = datamodule(tmp_path, 1, 2, 2, steps_per_rollout=2, steps_of_ranks=of_ranks).state_dict()
+    state = datamodule(tmp_path, 1, 2, 2, prompts=4, steps_per_rollout=2, steps_of_ranks=of_ranks).state_dict()
     for rank, ranks, accumulate in ((0, 2, 2), (1, 2, 2), (0, 1, 4), (3, 4, 1)):
-        other = datamodule(tmp_path, rank, ranks, accumulate, prompts=4)
+        other = datamodule(tmp_path, rank, ranks, accumulate)
         other.load_state_dict(state)
         for step, wanted in zip(other._steps, expected, strict=True):
             tokens = [plain_rows(micro).tolist() for micro in step]
