@@ -76,7 +76,7 @@ class Generator:
         exact: bool = False,
         on_tokens: Callable[[list[int], list[int]], None] | None = None,
     ) -> list[Sample]:
-        """Continue every prompt ``n`` times; return the samples of the first prompt, then those of the second, and so on.
+        """Continue every prompt ``n`` times; return the samples of the first prompt, of the second, and so on.
 
         Args:
             prompts: Token ids.
