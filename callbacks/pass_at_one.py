@@ -5,11 +5,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ds_lightning.generation import Generator, Sample
+from ds_lightning.rl.answers import score
 from ds_lightning.rl.builtin_rewards import accuracy
 from ds_lightning.rl.prompting import Prompter
 from ds_lightning.rl.rewards import Reward, Scorer
-from ds_lightning.rl.rollouts import score
 from ds_lightning.rl.tasks import Task
+from ds_lightning.training.strategy import whole_weights
 
 SHOWN = 10
 """Answers that are kept for people to read."""
@@ -77,10 +78,10 @@ class PassAtOne(Callback):
         problems = [self.task.problem(number, self.seed, "held_out") for number in range(count)]
         share: dict[str, float] = {}
         lengths: list[int] = []
-        with self.scorer as scorer:
+        with self.scorer as scorer, whole_weights(trainer.strategy, pl_module.model) as model:
             for name, temperature in (("pass_at_1_greedy", 0.0), ("pass_at_1", self.temperature)):
                 samples = prompter.complete(
-                    Generator(pl_module.model),  # type: ignore[arg-type]
+                    Generator(model),
                     [problem.prompt for problem in problems],
                     1,
                     max_new_tokens=self.max_new_tokens,

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from ds_lightning.callbacks.cost_ledger import CostLedger
 from ds_lightning.callbacks.tensorboard_layout import tensorboard_loggers
 from ds_lightning.generation import Generator
+from ds_lightning.training.strategy import whole_weights
 
 
 class Samples(Callback):
@@ -101,8 +102,9 @@ class Samples(Callback):
                 if isinstance(callback, CostLedger):
                     stack.enter_context(callback.phase("validate"))
             stack.enter_context(trainer.precision_plugin.forward_context())
-            # Every rank writes the same text: with sharded weights a forward needs all of them.
-            samples = Generator(pl_module.model).generate(
+            # Every rank writes the same text: weights that are sharded are brought together by all of them.
+            model = stack.enter_context(whole_weights(trainer.strategy, pl_module.model))
+            samples = Generator(model).generate(
                 prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed
             )
             self.last = [tokenizer.decode(prompts[sample.prompt] + sample.tokens.tolist()) for sample in samples]

@@ -71,7 +71,8 @@ class Throughput(Callback):
         if len(self._marks) < 2:
             return
         seconds, steps, tokens = (last - first for first, last in zip(self._marks[0], self._marks[-1], strict=True))
-        flops = tokens * train_flops_per_token(pl_module.config, batch["input_ids"].shape[-1])
+        rows = (batch[name] for name in ("input_ids", "prompt_ids", "completion_ids") if name in batch)
+        flops = tokens * train_flops_per_token(pl_module.config, sum(row.shape[-1] for row in rows))
         metrics = {
             "speed/tokens_per_second": tokens / seconds,
             "speed/step_seconds": seconds / steps,

@@ -24,6 +24,8 @@ class Request:
     prompts: Sequence[Sequence[int]]
     n: int
     keys: Sequence[int]
+    numbers: range
+    """Samples to generate, of all that there are."""
     seed: int
     max_new_tokens: int
     temperature: float
@@ -75,9 +77,8 @@ class Engine:
     def __init__(self, model: DeepSeek, request: Request) -> None:
         self.model, self.request, self.record = model, request, Record()
         self._device = model.embed_tokens.weight.device
-        self._total = len(request.prompts) * request.n
-        self._width = min(request.max_batch, self._total)
-        self._entered = 0
+        self._entered, self._total = request.numbers.start, request.numbers.stop
+        self._width = min(request.max_batch, len(request.numbers))
         self._prefilled: dict[int, Prefilled] = {}
         self._stop = [torch.tensor(sequence, device=self._device) for sequence in request.stop]
         self._blocks: list[Any] = list(model.layers)
@@ -90,7 +91,7 @@ class Engine:
         self._keys = self._sample_keys()
 
     def run(self) -> Record:
-        """Generate every sample.
+        """Generate every sample that is asked for.
 
         Rows that became free wait until they are an eighth of the batch: a forward over prompts costs as much as a
         step, however few they are.

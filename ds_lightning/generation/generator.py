@@ -70,12 +70,13 @@ class Generator:
         stop: int | Sequence[int | Sequence[int]] = (),
         seed: int = 0,
         keys: Sequence[int] | None = None,
+        numbers: range | None = None,
         max_batch: int = 128,
         record_routing: bool = True,
         exact: bool = False,
         on_tokens: Callable[[list[int], list[int]], None] | None = None,
     ) -> list[Sample]:
-        """Continue every prompt ``n`` times.
+        """Continue every prompt ``n`` times; return the samples of the first prompt, of the second, and so on.
 
         Args:
             prompts: Token ids.
@@ -87,14 +88,12 @@ class Generator:
             stop: Token that ends a sample, or several, or sequences of tokens. Prompts are not searched.
             seed: Of all random numbers.
             keys: Number of each prompt that its random numbers are drawn from, with the seed; none: its index.
+            numbers: Which of these samples to generate, so that processes can share those of a prompt; none: all.
             max_batch: Samples that are advanced together at most.
             record_routing: Keep the experts of every token.
             exact: Compute the returned log-probabilities and experts anew with the training forward, row by row: they
                 are then bitwise what it gives for that row, at the price of one more forward.
             on_tokens: Called after every step with the numbers of the samples that were given a token, and the tokens.
-
-        Returns:
-            The samples of the first prompt, then those of the second, and so on.
 
         Raises:
             ValueError: If an argument is out of range, a prompt is empty, holds an id that the vocabulary lacks, or
@@ -104,6 +103,7 @@ class Generator:
             prompts=prompts,
             n=n,
             keys=range(len(prompts)) if keys is None else keys,
+            numbers=range(len(prompts) * n) if numbers is None else numbers,
             seed=seed,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -141,7 +141,7 @@ def _sequences(stop: int | Sequence[int | Sequence[int]]) -> list[Sequence[int]]
 def _samples(request: Request, record: Record) -> list[Sample]:
     """Sort what the steps recorded by sample; within one, the order of steps is that of its tokens."""
     total = len(request.prompts) * request.n
-    if total == 0:
+    if not request.numbers:
         return []
     samples, tokens, logprobs, sampling_logprobs = (
         torch.cat(column).cpu() for column in zip(*record.drawn, strict=True)
@@ -149,9 +149,9 @@ def _samples(request: Request, record: Record) -> list[Sample]:
     order, counts = samples.argsort(stable=True), samples.bincount(minlength=total).tolist()
     columns = [column[order].split(counts) for column in (tokens, logprobs, sampling_logprobs)]
     stopped = set(torch.cat(record.stopped).tolist())
-    routing: list[Tensor | None] = [None] * total
+    routing: dict[int, Tensor] = {}
     if record.prompt_routing:
-        routing = list(_routing(request, record, counts))
+        routing = dict(zip(request.numbers, _routing(request, record, counts), strict=True))
     return [
         Sample(
             prompt=number // request.n,
@@ -159,22 +159,22 @@ def _samples(request: Request, record: Record) -> list[Sample]:
             logprobs=columns[1][number],
             sampling_logprobs=columns[2][number],
             finish_reason="stop" if number in stopped else "length",
-            routing=routing[number],
+            routing=routing.get(number),
         )
-        for number in range(total)
+        for number in request.numbers
     ]
 
 
 def _routing(request: Request, record: Record, counts: list[int]) -> Iterator[Tensor]:
     """Yield for each sample the experts of its prompt, of its tokens but the last, and -1 for that."""
-    prompts = [record.prompt_routing[prompt] for prompt in range(len(request.prompts))]
-    chosen = [prompts[0][:0]] * len(counts)
+    some = next(iter(record.prompt_routing.values()))
+    chosen = [some[:0]] * len(counts)
     if record.routing:
         samples, choices = (torch.cat(column).cpu() for column in zip(*record.routing, strict=True))
-        chosen = list(choices[samples.argsort(stable=True)].split([count - 1 for count in counts]))
-    unknown = torch.full_like(prompts[0][:1], -1)
-    for number, own in enumerate(chosen):
-        yield torch.cat((prompts[number // request.n], own, unknown))
+        chosen = list(choices[samples.argsort(stable=True)].split([max(count - 1, 0) for count in counts]))
+    unknown = torch.full_like(some[:1], -1)
+    for number in request.numbers:
+        yield torch.cat((record.prompt_routing[number // request.n], chosen[number], unknown))
 
 
 @contextmanager
@@ -205,6 +205,9 @@ def _check(request: Request, model: DeepSeek) -> None:
         raise ValueError("stop holds an empty sequence, expected at least one token in each")
     if len(request.keys) != len(request.prompts):
         raise ValueError(f"keys has {len(request.keys)} numbers, expected {len(request.prompts)}: one a prompt")
+    wanted, total = request.numbers, len(request.prompts) * request.n
+    if not 0 <= wanted.start <= wanted.stop <= total or wanted.step != 1:
+        raise ValueError(f"numbers is {wanted}, expected consecutive ones within the {total} samples of all prompts")
     vocab, context = model.config.vocab_size, model.config.max_position_embeddings
     for number, prompt in enumerate(request.prompts):
         if not prompt:

@@ -17,10 +17,10 @@ from ds_lightning.cost.ledger_report import LEDGER_NAME
 from ds_lightning.cost.run_config import first_difference
 from ds_lightning.generation import Generator, Sample
 from ds_lightning.models.hf import load_hf
+from ds_lightning.rl.answers import score
 from ds_lightning.rl.builtin_rewards import THINK
 from ds_lightning.rl.prompting import Prompter
 from ds_lightning.rl.rewards import Reward, RewardBatch, Scorer
-from ds_lightning.rl.rollouts import score
 from ds_lightning.rl.sandbox import Limits
 from ds_lightning.rl.tasks import Problem, Task
 from ds_lightning.user_errors import one_line, writing

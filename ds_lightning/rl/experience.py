@@ -24,7 +24,7 @@ class Experience(TypedDict):
     completion_ids: Int[Tensor, "batch seq"]
     """Completions, padded on the right."""
     mask: Bool[Tensor, "batch seq"]
-    """Whether there is a token."""
+    """Whether there is a token to learn from."""
     advantages: Float[Tensor, " batch"]
     rollout_logprobs: Float[Tensor, "batch seq"]
     """As the sampler reported them; 0 outside of the mask."""
@@ -53,6 +53,8 @@ class Completion:
     prompt: Sequence[int]
     sample: Sample
     advantage: float = 0.0
+    counts: bool = True
+    """Whether its tokens are learned from; where not, it fills a micro-batch that would have no row."""
 
     @property
     def length(self) -> int:
@@ -82,7 +84,7 @@ def collate(completions: Sequence[Completion], totals: Totals, *, pad_id: int) -
         prompt_lengths=torch.tensor([len(one.prompt) for one in first]),
         prompt=torch.tensor(prompt),
         completion_ids=_padded(tokens, pad_id),
-        mask=_padded([torch.ones_like(own, dtype=torch.bool) for own in tokens], 0),
+        mask=_padded([torch.full_like(one.sample.tokens, one.counts, dtype=torch.bool) for one in completions], 0),
         advantages=torch.tensor([completion.advantage for completion in completions]),
         rollout_logprobs=_padded([one.sample.logprobs for one in completions], 0),
         totals=(totals.sequences, totals.tokens, totals.max_tokens),

@@ -68,6 +68,19 @@ class RewardBatch:
     cut_short: dict[str, dict[str, int]]
     """How many calls of each function met a ``timeout``, a process that ``died``, or were ``refused`` something."""
 
+    @classmethod
+    def joined(cls, batches: Sequence[RewardBatch]) -> RewardBatch:
+        """Return the rewards of several batches as those of one, in their order."""
+        total = [reward for batch in batches for reward in batch.total]
+        per_reward = {
+            name: [reward for batch in batches for reward in batch.per_reward[name]] for name in batches[0].per_reward
+        }
+        cut_short = {
+            name: {kind: sum(batch.cut_short[name][kind] for batch in batches) for kind in kinds}
+            for name, kinds in batches[0].cut_short.items()
+        }
+        return cls(total, per_reward, cut_short)
+
     def metrics(self) -> dict[str, float]:
         """Return mean and unbiased deviation of each reward, as TRL names them, and the calls that were cut short."""
         found: dict[str, float] = {}

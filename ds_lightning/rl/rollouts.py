@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ds_lightning.generation import Generator, Sample
+from ds_lightning.generation import Generator
 from ds_lightning.losses.policy import Totals
+from ds_lightning.models import DeepSeek
 from ds_lightning.rl.advantages import ScaleRewards, group_advantages, useful_groups
-from ds_lightning.rl.builtin_rewards import THINK
+from ds_lightning.rl.answers import rollout_metrics, score, totals_of
 from ds_lightning.rl.experience import Completion, Experience, collate
 from ds_lightning.rl.prompting import Prompter
 from ds_lightning.rl.rewards import Reward, RewardBatch, Scorer
 from ds_lightning.rl.sandbox import Limits
-from ds_lightning.rl.tasks import Problem, Prompt, Task
+from ds_lightning.rl.tasks import Task
 
 
 @runtime_checkable
@@ -178,7 +179,7 @@ class RolloutDataModule(pl.LightningDataModule):
             self.prompter = Prompter(self.tokenizer_path)
         _, world_size, accumulate = self._layout()
         per_step = self.prompts * self.num_generations // self.steps_per_rollout
-        if per_step % (world_size * accumulate) or self.prompts % world_size:
+        if per_step % (world_size * accumulate):
             raise ValueError(
                 f"prompts is {self.prompts}, num_generations {self.num_generations}, steps_per_rollout "
                 f"{self.steps_per_rollout}: expected a step that {world_size} ranks times accumulate_grad_batches "
@@ -210,55 +211,75 @@ class RolloutDataModule(pl.LightningDataModule):
                 yield from step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many problems were posed, and the running rollout if steps of it are left."""
+        """Return how many problems were posed, and the running rollout of all ranks if steps of it are left."""
         within = self.trainer is not None and self.trainer.global_step % self.steps_per_rollout
-        return {"next_problem": self._next_problem, "steps": self._steps if within else []}
+        steps: list[list[Experience]] = []
+        if within:  # in the order of the whole step, so that another number of ranks can share it
+            of_ranks = zip(*self._policy.from_all_ranks(lambda: self._steps), strict=True)
+            steps = [[micro for micros in zip(*step, strict=True) for micro in micros] for step in of_ranks]
+        return {"next_problem": self._next_problem, "steps": steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there.
+
+        Raises:
+            ValueError: If the steps that are left are split into another number of micro-batches.
+        """
+        rank, world_size, accumulate = self._layout()
+        for step in state_dict["steps"]:
+            if len(step) != world_size * accumulate:
+                raise ValueError(
+                    f"the checkpoint is within a rollout whose steps have {len(step)} micro-batches, the run's have "
+                    f"{world_size} ranks times accumulate_grad_batches {accumulate}, expected as many"
+                )
         self._next_problem = state_dict["next_problem"]
-        self._steps = state_dict["steps"]
+        self._steps = [step[rank::world_size] for step in state_dict["steps"]]
 
     def _collect(self, rollout: int) -> list[list[Experience]]:
-        """Make a rollout: return the micro-batches of each of its steps on this rank."""
-        kept, skipped, metrics = self._groups()
-        steps = self.steps_per_rollout
-        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(self.seed + rollout)).tolist()
-        parts = [[kept[place] for place in order[number::steps]] or kept[:1] for number in range(steps)]
-        missing = len(skipped) // steps, sum(len(completion.sample.tokens) for completion in skipped) // steps
-        micro_batches = [self._step(part, *missing) for part in parts]
-        micro_batches[0][0]["metrics"] = metrics
-        self._prepare(micro_batches)
+        """Make a rollout, with all ranks: return the micro-batches of each of its steps on this rank."""
+        with self._policy.sampler() as model:
+            kept, skipped, metrics = self._groups(model)
+            steps = self.steps_per_rollout
+            order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(self.seed + rollout)).tolist()
+            parts = [[kept[place] for place in order[number::steps]] or kept[:1] for number in range(steps)]
+            missing = len(skipped) // steps, sum(len(completion.sample.tokens) for completion in skipped) // steps
+            micro_batches = [self._step(part, *missing) for part in parts]
+            micro_batches[0][0]["metrics"] = metrics
+            with self._phase("logprob"):
+                self._policy.prepare(micro_batches, model)
+        with self._phase("logprob"):
+            self._policy.add_reference(micro_batches)
         return micro_batches
 
     def _step(self, members: Sequence[Completion], skipped: int, skipped_tokens: int) -> list[Experience]:
-        """Return the micro-batches of a step, those of similar length together.
+        """Return this rank's micro-batches of a step; answers of similar length are in one, and in those of all ranks.
 
         Args:
-            members: The answers of this rank that are in it.
+            members: The answers that are in it, of all ranks.
             skipped: Answers that count in the mean, without a gradient.
             skipped_tokens: Their tokens.
         """
         ordered = sorted(members, key=lambda completion: completion.length)
         totals = Totals(
-            sequences=self._sum(len(members) + skipped),
-            tokens=self._sum(sum(len(completion.sample.tokens) for completion in members) + skipped_tokens),
+            sequences=len(members) + skipped,
+            tokens=sum(len(completion.sample.tokens) for completion in members) + skipped_tokens,
             max_tokens=self.max_completion_length,
         )
-        accumulate = self._layout()[2]
-        size = math.ceil(len(ordered) / accumulate)
-        parts = [ordered[start : start + size] or ordered[:0] for start in range(0, size * accumulate, size)]
-        experience = [collate(part or _silent(ordered[:1]), totals, pad_id=self._prompting.pad_id) for part in parts]
+        rank, world_size, accumulate = self._layout()
+        size = math.ceil(len(ordered) / (world_size * accumulate))
+        starts = range(rank * size, world_size * accumulate * size, world_size * size)
+        parts = [ordered[start : start + size] or [replace(ordered[0], counts=False)] for start in starts]
+        experience = [collate(part, totals, pad_id=self._prompting.pad_id) for part in parts]
         for micro in experience:
-            micro["step_tokens"] = self._sum(sum(completion.length for completion in members))
-            micro["step_samples"] = self._sum(sum(completion.advantage != 0 for completion in members))
+            micro["step_tokens"] = sum(completion.length for completion in members)
+            micro["step_samples"] = sum(completion.advantage != 0 for completion in members)
         return experience
 
-    def _groups(self) -> tuple[list[Completion], list[Completion], dict[str, float]]:
+    def _groups(self, model: DeepSeek) -> tuple[list[Completion], list[Completion], dict[str, float]]:
         """Answer problems; return the answers to learn from, those that only count in the mean, and metrics."""
-        wanted, kept, every, rewards = self.prompts // self._layout()[1], list[list[Completion]](), [], []
+        wanted, kept, every, rewards = self.prompts, list[list[Completion]](), list[list[Completion]](), []
         for _ in range(1 + (self.max_resamples if self.equal_groups == "resample" else 0)):
-            groups, scored, useful = self._answer(wanted)
+            groups, scored, useful = self._answer(model, wanted)
             rewards.append(scored)
             every += groups
             kept += [group for group, has_gradient in zip(groups, useful, strict=True) if has_gradient]
@@ -269,63 +290,57 @@ class RolloutDataModule(pl.LightningDataModule):
         kept = kept[:wanted]
         in_batch = {id(group) for group in kept}
         skipped = [group for group in every if id(group) not in in_batch] if self.equal_groups == "skip" else []
-        metrics = self._metrics([completion for group in every for completion in group], rewards)
+        metrics = rollout_metrics(
+            [completion for group in every for completion in group],
+            RewardBatch.joined(rewards),
+            self.num_generations,
+            self.scale_rewards,
+        )
         return [one for group in kept for one in group], [one for group in skipped for one in group], metrics
 
-    def _answer(self, count: int) -> tuple[list[list[Completion]], RewardBatch, list[bool]]:
+    def _answer(self, model: DeepSeek, count: int) -> tuple[list[list[Completion]], RewardBatch, list[bool]]:
         """Pose the next problems, and return the groups of answers, their rewards, and which groups are useful."""
+        first, size = self._next_problem, self.num_generations
+        self._next_problem += count
+        with self._phase("rollout"):  # that of the slowest rank
+            parts = self._policy.from_all_ranks(lambda: self._own_answers(model, first, count))
+        completions = [completion for answers, _ in parts for completion in answers]
+        scored = RewardBatch.joined([rewards for _, rewards in parts])
+        totals = totals_of(scored)
+        advantages, _ = group_advantages(totals, size, scale_rewards=self.scale_rewards)
+        for completion, advantage in zip(completions, advantages.tolist(), strict=True):
+            completion.advantage = advantage
+        groups = [completions[start : start + size] for start in range(0, len(completions), size)]
+        return groups, scored, useful_groups(totals, size).tolist()
+
+    def _own_answers(self, model: DeepSeek, first: int, count: int) -> tuple[list[Completion], RewardBatch]:
+        """Return this rank's equal share of the answers to some problems, and their rewards; groups may span ranks."""
         rank, world_size, _ = self._layout()
-        numbers = range(self._next_problem + rank, self._next_problem + count * world_size, world_size)
-        self._next_problem += count * world_size
+        size = self.num_generations
+        start, stop = (count * size * end // world_size for end in (rank, rank + 1))
+        before = start // size  # problems that other ranks answer
+        numbers = range(first + before, first + math.ceil(stop / size))
         problems = [self.task.problem(number, self.seed) for number in numbers]
-        with self._phase("rollout"):
-            samples = self._prompting.complete(
-                Generator(self._policy.model),
-                [problem.prompt for problem in problems],
-                self.num_generations,
-                max_new_tokens=self.max_completion_length,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-                seed=self.seed,
-                keys=list(numbers),
-                max_batch=self.max_batch,
-            )
+        samples = self._prompting.complete(
+            Generator(model),
+            [problem.prompt for problem in problems],
+            size,
+            max_new_tokens=self.max_completion_length,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            keys=list(numbers),
+            numbers=range(start - before * size, stop - before * size),
+            max_batch=self.max_batch,
+        )
         with self._phase("reward"):
             if not self._scoring:
                 self.scorer.__enter__()
                 self._scoring = True
             scored = score(self.scorer, self._prompting, problems, samples)
-        totals = torch.tensor([math.nan if reward is None else reward for reward in scored.total])
-        advantages, _ = group_advantages(totals, self.num_generations, scale_rewards=self.scale_rewards)
         encoded = [self._prompting.encode(problem.prompt) for problem in problems]
-        completions = [
-            Completion(encoded[sample.prompt], sample, advantage)
-            for sample, advantage in zip(samples, advantages.tolist(), strict=True)
-        ]
-        size = self.num_generations
-        groups = [completions[start : start + size] for start in range(0, len(completions), size)]
-        return groups, scored, useful_groups(totals, size).tolist()
-
-    def _metrics(self, completions: Sequence[Completion], scored: Sequence[RewardBatch]) -> dict[str, float]:
-        """Return what TRL logs of a rollout, under its names."""
-        totals = torch.tensor([math.nan if one is None else one for batch in scored for one in batch.total])
-        _, found = group_advantages(totals, self.num_generations, scale_rewards=self.scale_rewards)
-        lengths = torch.tensor([len(completion.sample.tokens) for completion in completions], dtype=torch.float)
-        ended = torch.tensor([completion.sample.finish_reason == "stop" for completion in completions])
-        metrics = {name: float(value) for name, value in found.items()} | scored[-1].metrics()
-        metrics["completions/mean_length"] = float(lengths.mean())
-        metrics["completions/min_length"] = float(lengths.min())
-        metrics["completions/max_length"] = float(lengths.max())
-        metrics["completions/clipped_ratio"] = 1 - float(ended.float().mean())
-        if ended.any():
-            metrics["completions/mean_terminated_length"] = float(lengths[ended].mean())
-        return metrics
-
-    def _prepare(self, steps: list[list[Experience]]) -> None:
-        """Add what the loss needs of other weights: of those that sampled, and of the reference."""
-        with self._phase("logprob"):
-            self._policy.prepare(steps)
+        return [Completion(encoded[sample.prompt], sample) for sample in samples], scored
 
     @property
     def _policy(self) -> Any:
@@ -337,25 +352,11 @@ class RolloutDataModule(pl.LightningDataModule):
         books = next((callback for callback in callbacks if isinstance(callback, _Phases)), None)
         return nullcontext() if books is None else books.phase(name)
 
-    def _sum(self, value: int) -> int:
-        """Return the sum over ranks."""
-        if self.trainer is None or self.trainer.world_size == 1:
-            return value
-        total: Tensor = self.trainer.strategy.reduce(
-            torch.tensor(value, device=self.trainer.strategy.root_device), reduce_op="sum"
-        )
-        return int(total)
-
     def _layout(self) -> tuple[int, int, int]:
         """Return rank, ranks and accumulation."""
         if self.trainer is None:
             return 0, 1, 1
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
-
-
-def _silent(completions: Sequence[Completion]) -> list[Completion]:
-    """Return completions that change nothing: every micro-batch needs a row."""
-    return [Completion(completion.prompt, completion.sample, 0.0) for completion in completions]
 
 
 class RolloutLoader:
@@ -369,22 +370,3 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[Experience]:
         return self.data.batches()
-
-
-def score(scorer: Scorer, prompter: Prompter, problems: Sequence[Problem], samples: Sequence[Sample]) -> RewardBatch:
-    """Score samples, each an answer to the problem of its number; a column that a problem lacks is None for it."""
-    names = sorted({name for problem in problems for name in problem.columns})
-    prompts, completions = list[Prompt](), list[Prompt]()
-    columns: dict[str, list[Any]] = {name: [] for name in (*names, "completion_tokens")}
-    for sample in samples:
-        problem, text = problems[sample.prompt], prompter.decode(sample)
-        prompts.append(problem.prompt)
-        if isinstance(problem.prompt, str):
-            completions.append(text)
-        else:  # the generation prompt may hold the tag that begins the answer
-            begun = THINK[0] if prompter.text(problem.prompt).endswith(THINK[0]) else ""
-            completions.append([{"role": "assistant", "content": begun + text}])
-        for name in names:
-            columns[name].append(problem.columns.get(name))
-        columns["completion_tokens"].append(len(sample.tokens))
-    return scorer.score(prompts, completions, columns)

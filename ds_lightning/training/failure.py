@@ -12,19 +12,20 @@ from ds_lightning.user_errors import RunFailedError
 _PATIENCE_SECONDS = 15.0
 
 
-def fail_together(trainer: Trainer, message: str) -> NoReturn:
-    """End the run with status 1, on every rank; all of them must call it at the same point.
+def fail_together(trainer: Trainer, message: str, kind: type[Exception] = RunFailedError) -> NoReturn:
+    """End the run on every rank; all of them must call it at the same point.
 
     Args:
         trainer: Of the run.
         message: One line, which rank 0 says.
+        kind: Of the error; it decides the status with which the run ends.
 
     Raises:
-        RunFailedError: On rank 0.
-        SystemExit: On the others.
+        Exception: Of that kind, on rank 0.
+        SystemExit: On the others, with status 1.
     """
     if trainer.is_global_zero:
-        raise RunFailedError(message)
+        raise kind(message)
     wait_for_launcher(trainer, _PATIENCE_SECONDS)
     raise SystemExit(1)
 

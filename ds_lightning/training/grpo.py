@@ -1,6 +1,8 @@
 """Reinforcement learning on rollouts: group relative policy optimization, as a LightningModule."""
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,8 +18,9 @@ from ds_lightning.ops.token_logprobs import token_logprobs
 from ds_lightning.ops.topk_gate import Gate
 from ds_lightning.optim import Schedule
 from ds_lightning.rl.experience import Experience
+from ds_lightning.training.exchange import from_all_ranks
 from ds_lightning.training.module import DeepSeekModule
-from ds_lightning.training.strategy import zero_stage
+from ds_lightning.training.strategy import whole_weights
 
 GAP_ROWS = 16
 """Completions of a rollout that are run without replay, to see how far the sampler is from the training forward."""
@@ -108,28 +111,16 @@ class GRPOModule(DeepSeekModule):
         rollout = self._rollouts.prompts * self._rollouts.num_generations * self._rollouts.max_completion_length
         self.total_tokens = rollout * self._rollouts.rollouts
 
-    def check_strategy(self, strategy: Any) -> None:
-        """Refuse also a strategy under which no rank holds the weights that answers are generated with.
-
-        Raises:
-            ValueError: If it shards weights.
-        """
-        super().check_strategy(strategy)
-        if zero_stage(strategy) == 3:
-            raise ValueError(
-                "trainer.strategy is ZeRO stage 3, which shards the weights that every rank needs to generate answers, "
-                "expected stage 1 or 2, or ddp"
-            )
-
     def configure_model(self) -> None:
-        """Build the policy, and the reference where there is a KL term.
+        """Build the policy, and the reference where there is a KL term; prediction modules do not learn here.
 
         Raises:
             ValueError: If the weights to start from are damaged, or those of a model with another shape.
         """
         super().configure_model()
+        self._built.mtp.requires_grad_(False)
         if self.beta > 0 and self.reference is None:
-            self.reference = copy.deepcopy(self._built).requires_grad_(False)
+            self.reference = self._copy_of_policy().requires_grad_(False)
 
     def training_step(self, batch: Experience, batch_idx: int) -> Tensor:
         """Return this micro-batch's share of the loss of the optimizer step."""
@@ -190,20 +181,43 @@ class GRPOModule(DeepSeekModule):
         )
         return logprobs.view_as(targets), entropy.view_as(targets)
 
+    @contextmanager
+    def sampler(self) -> Iterator[DeepSeek]:
+        """Hold the policy's weights in full on every rank, and run it in the precision of training."""
+        with (
+            whole_weights(self.trainer.strategy, self._built) as model,
+            self.trainer.precision_plugin.forward_context(),
+        ):
+            yield model
+
+    def from_all_ranks(self, make: Callable[[], Any]) -> list[Any]:
+        """Make this rank's part of a rollout, and return those of all: :func:`exchange.from_all_ranks`."""
+        return from_all_ranks(self.trainer, make)
+
     @torch.no_grad()
-    def prepare(self, steps: list[list[Experience]]) -> None:
-        """Add to a rollout what the loss needs of other weights than those that learn, and measure the sampler.
+    def prepare(self, steps: list[list[Experience]], sampler: DeepSeek) -> None:
+        """Add to a rollout what the loss needs of the weights that sampled, and measure the sampler.
 
         Strictly on-policy there is no pass for old log-probabilities: the weights are the same.
+
+        Args:
+            steps: Micro-batches of each step.
+            sampler: From :meth:`sampler`.
         """
         micro_batches = [micro for step in steps for micro in step]
-        for micro in micro_batches:
-            on_device = self.trainer.strategy.batch_to_device(micro)
-            if len(steps) > 1:
-                micro["old_logprobs"] = self.logprobs(self._built, on_device)[0].cpu()
-            if self.reference is not None:
-                micro["ref_logprobs"] = self.logprobs(self.reference, on_device)[0].cpu()
-        steps[0][0]["metrics"] |= self._sampler_gap(micro_batches[0])
+        for micro in micro_batches if len(steps) > 1 else ():
+            micro["old_logprobs"] = self.logprobs(sampler, self._on_device(micro))[0].cpu()
+        steps[0][0]["metrics"] |= self._sampler_gap(sampler, micro_batches[0])
+
+    @torch.no_grad()
+    def add_reference(self, steps: list[list[Experience]]) -> None:
+        """Add to a rollout what the loss needs of the reference, where there is one."""
+        if self.reference is None:
+            return
+        strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
+        with whole_weights(strategy, self.reference) as reference, precision.forward_context():
+            for micro in (micro for step in steps for micro in step):
+                micro["ref_logprobs"] = self.logprobs(reference, self._on_device(micro))[0].cpu()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, count, and let the reference follow when it is due."""
@@ -213,7 +227,10 @@ class GRPOModule(DeepSeekModule):
         self.steps_done += 1
         self.useful_samples += self._step_samples
         if self.reference is not None and self.ref_update_steps and self.steps_done % self.ref_update_steps == 0:
-            self.reference.load_state_dict(self._built.state_dict())
+            if self._zero is None:
+                self.reference.load_state_dict(self._built.state_dict())
+            else:
+                self._zero.copy(self._built, self.reference)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the counters."""
@@ -229,13 +246,26 @@ class GRPOModule(DeepSeekModule):
     def _rollouts(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def _sampler_gap(self, micro: Experience) -> dict[str, float]:
-        """Compare some completions with what the training forward computes when it chooses experts itself."""
+    def _copy_of_policy(self) -> DeepSeek:
+        """Return a model of the policy's weights, sharded as they are."""
+        if self._zero is None or self._zero.stage < 3:
+            return copy.deepcopy(self._built)
+        model = DeepSeek(self.config)
+        self._zero.draw(model, self.config.initializer_range)
+        self._zero.copy(self._built, model)
+        return model
+
+    def _on_device(self, micro: Experience) -> Experience:
+        moved: Experience = self.trainer.strategy.batch_to_device(micro)
+        return moved
+
+    def _sampler_gap(self, sampler: DeepSeek, micro: Experience) -> dict[str, float]:
+        """Compare some completions of every rank with the training forward where it chooses experts itself."""
         some = micro.copy()
         for name in ("prompt", "completion_ids", "mask", "rollout_logprobs"):
             some[name] = some[name][:GAP_ROWS]
         gates = list[Gate]()
-        logprobs, _ = self.logprobs(self._built, self.trainer.strategy.batch_to_device(some), replay=False, gates=gates)
+        logprobs, _ = self.logprobs(sampler, self._on_device(some), replay=False, gates=gates)
         recorded, chosen = None, None
         if "routing" in micro:
             recorded = micro["routing"][:, :GAP_ROWS]
@@ -243,10 +273,15 @@ class GRPOModule(DeepSeekModule):
             chosen = torch.stack([gate.indices[prompts:].view(recorded.shape[1:]) for gate in gates])
             chosen = chosen.to("cpu", recorded.dtype)
         gap = rollout_gap(some["rollout_logprobs"], logprobs.cpu(), some["mask"], recorded, chosen)
+        figures = {
+            "sampling/gap_logprob_max": (gap.max_logprob, "max"),
+            "sampling/gap_logprob_mean": (gap.mean_logprob, "mean"),
+            "sampling/gap_routing": (gap.changed_routing, "mean"),
+        }
+        strategy = self.trainer.strategy
         return {
-            "sampling/gap_logprob_max": float(gap.max_logprob),
-            "sampling/gap_logprob_mean": float(gap.mean_logprob),
-            "sampling/gap_routing": float(gap.changed_routing),
+            name: float(strategy.reduce(value.to(self.device), reduce_op=operation))
+            for name, (value, operation) in figures.items()
         }
 
     def _log_step(self, metrics: dict[str, Tensor], batch_idx: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from ds_lightning.models import DeepSeek
 from ds_lightning.models.init import init_layer
 from ds_lightning.training import shards
 from ds_lightning.training.precision import ZeROPrecision
@@ -95,6 +96,25 @@ class ZeRO(DeepSpeedStrategy):
             yield
 
     @contextmanager
+    def together(self, model: DeepSeek) -> Iterator[DeepSeek]:
+        """Bring the weights of a model together once, for forwards without gradient that ranks make by themselves.
+
+        Yields:
+            The model, or under stage 3 one of the same weights in full. It has none of DeepSpeed's hooks, which would
+            bring them together layer by layer, with all ranks, in every forward.
+        """
+        if self.stage < 3:
+            yield model
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            with torch.device("meta"):
+                whole = DeepSeek(model.config)
+            whole.load_state_dict(model.state_dict(), assign=True)
+            yield whole
+
+    @contextmanager
     def unsharded(self) -> Iterator[None]:
         """Build modules that are not sharded, within ``configure_model``."""
         if self.stage < 3:
@@ -121,6 +141,15 @@ class ZeRO(DeepSpeedStrategy):
                 init_layer(layer, std)
             for name, buffer in layer.named_buffers(recurse=False):
                 layer.register_buffer(name, buffer.float() if buffer.is_floating_point() else buffer)
+
+    @torch.no_grad()
+    def copy(self, source: nn.Module, target: nn.Module) -> None:
+        """Give a model the weights and buffers of another that is sharded in the same way."""
+        for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
+            with self.whole([theirs, ours]):
+                ours.copy_(theirs)
+        for name, buffer in source.named_buffers():
+            target.get_buffer(name).copy_(buffer)
 
     @torch.no_grad()
     def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -226,6 +255,11 @@ class ZeRO(DeepSpeedStrategy):
 def zero_stage(strategy: Any) -> int:
     """Return how a strategy shards the state of a run; 0: not at all."""
     return strategy.stage if isinstance(strategy, ZeRO) else 0
+
+
+def whole_weights(strategy: Any, model: Any) -> AbstractContextManager[DeepSeek]:
+    """Hold a model's weights in full on every rank, under any strategy: :meth:`ZeRO.together`."""
+    return strategy.together(model) if isinstance(strategy, ZeRO) else nullcontext(model)
 
 
 def _use_cpu() -> None:

@@ -91,7 +91,7 @@ def _check_keys(config: dict[str, Any]) -> None:
 
 
 def fit_buckets(config: dict[str, Any], model: nn.Module) -> None:
-    """Keep buckets no larger than the model: DeepSpeed allocates them in full."""
+    """Keep buckets no larger than the model: DeepSpeed allocates them in full, and wants even numbers."""
     size = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     for name in ("reduce_bucket_size", "allgather_bucket_size"):
-        config["zero_optimization"].setdefault(name, min(size, 200_000_000))
+        config["zero_optimization"].setdefault(name, min(size + size % 2, 200_000_000))

@@ -6,6 +6,7 @@ through three layers; measured at most 5e-6.
 
 import math
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -128,6 +129,24 @@ def test_samples_do_not_depend_on_the_batch_or_the_order() -> None:
     assert len({tuple(row) for row in expected[13]}) == 3
 
 
+@pytest.mark.parametrize("cuts", [(0, 7, 7, 15), (0, 1, 14, 15), (0, 6, 12, 15)])
+def test_samples_can_be_made_in_parts(cuts: tuple[int, ...]) -> None:
+    model, asked = small_model(), prompts(5)
+    settings: dict[str, Any] = {"n": 3, "max_new_tokens": 9, "stop": [4], "keys": [9, 8, 7, 6, 5], "seed": 2}
+    whole = Generator(model).generate(asked, **settings)
+    parts = [range(start, stop) for start, stop in pairwise(cuts)]
+    found = [
+        sample for part in parts for sample in Generator(model).generate(asked, numbers=part, max_batch=2, **settings)
+    ]
+    assert [sample.prompt for sample in found] == [sample.prompt for sample in whole]
+    for sample, expected in zip(found, whole, strict=True):
+        assert torch.equal(sample.tokens, expected.tokens)
+        assert (sample.logprobs - expected.logprobs).abs().max() <= BOUND
+        assert sample.routing is not None
+        assert expected.routing is not None
+        assert torch.equal(sample.routing, expected.routing)
+
+
 def test_samples_of_one_prompt_have_the_frequencies_of_the_model() -> None:
     model, draws = small_model(), 4000
     samples = Generator(model).generate([[7, 3]], draws, max_new_tokens=1, temperature=2.0, max_batch=500)
@@ -240,6 +259,8 @@ def test_the_context_can_be_filled_to_its_end() -> None:
         ({"top_p": 1.5}, r"top_p is 1\.5, expected more than 0"),
         ({"stop": [[]]}, "stop holds an empty sequence, expected at least one token in each"),
         ({"keys": [1]}, "keys has 1 numbers, expected 2: one a prompt"),
+        ({"numbers": range(1, 3)}, r"numbers is range\(1, 3\), expected consecutive ones within the 2 samples of all"),
+        ({"numbers": range(0, 2, 2)}, r"numbers is range\(0, 2, 2\), expected consecutive ones"),
         ({"prompts": [[1], []]}, "prompt 1 has no token, expected at least one"),
         ({"prompts": [[1], [40]]}, r"prompt 1 holds the token 40, expected 0 to 39 \(vocab_size 40\)"),
         ({"prompts": [[1], [-1]]}, "prompt 1 holds the token -1, expected 0 to 39"),

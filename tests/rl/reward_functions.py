@@ -54,3 +54,9 @@ def leaves(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 
 def share_of_letter(prompts: list[str], completions: list[str], letter: str, **columns: Any) -> list[float]:
     return [completion.count(letter) / max(1, len(completion)) for completion in completions]
+
+
+def dislikes(prompts: list[str], completions: list[str], prompt: str, **columns: Any) -> list[float]:
+    if prompt in prompts:
+        raise ValueError(f"I do not like {prompt}")
+    return [0.0] * len(completions)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,34 @@ def test_a_run_stopped_between_and_within_rollouts_goes_on_bitwise(tmp_path: Pat
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert (resumed.steps_done, resumed.tokens_seen) == (straight.steps_done, straight.tokens_seen)
     assert resumed.useful_samples == straight.useful_samples
+
+
+def test_old_log_probabilities_are_those_of_training_in_its_precision(tmp_path: Path) -> None:
+    class Compare(Callback):
+        compared = 0
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx % 2 == 0:  # of the two steps of a rollout, the one by the weights that sampled
+                with torch.no_grad():
+                    wide = pl_module.logprobs(pl_module.model, batch)[0]
+                    with torch.autocast("cpu", torch.bfloat16):
+                        narrow = pl_module.logprobs(pl_module.model, batch)[0]
+                assert torch.equal(batch["old_logprobs"], narrow)
+                assert not torch.equal(batch["old_logprobs"], wide)
+                self.compared += 1
+
+    compare = Compare()
+    train(tmp_path, compare, rollouts=2, steps_per_rollout=2, trainer={"precision": "bf16-mixed"})
+    assert compare.compared == 2
+
+
+def test_prediction_modules_do_not_learn(tmp_path: Path) -> None:
+    model = replace(MODEL, num_nextn_predict_layers=1)
+    policy, _ = train(tmp_path, rollouts=2, model=model, module={"weight_decay": 0.1})
+    assert policy.model is not None
+    assert not any(parameter.requires_grad for parameter in policy.model.mtp.parameters())
+    grouped = [parameter for group in policy.trainer.optimizers[0].param_groups for parameter in group["params"]]
+    assert len(grouped) == sum(parameter.requires_grad for parameter in policy.model.parameters())
 
 
 def test_skipping_groups_without_a_gradient_changes_no_gradient(tmp_path: Path) -> None:

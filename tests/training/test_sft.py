@@ -25,7 +25,11 @@ SHAPE = replace(CONFIG, vocab_size=280)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sft")
+    return write_conversations(tmp_path_factory.mktemp("sft"))
+
+
+def write_conversations(folder: Path) -> Path:
+    """Write conversations of unequal length and a tokenizer; return their folder."""
     draw = random.Random(0)
     with (folder / "a.jsonl").open("w") as file:
         for number in range(40):

@@ -18,8 +18,9 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from ds_lightning.ops.rope import rope_tables
-from ds_lightning.training import GRPOModule, ZeRO
+from ds_lightning.training import ZeRO
 from ds_lightning.training.precision import ZeROPrecision
+from ds_lightning.training.zero_config import fit_buckets
 from tests.training.ranks import run_ranks
 from tests.training.toy_pretraining import CONFIG
 from tests.training.toy_zero import STEPS, Toy, settings, train, trainer_of
@@ -137,13 +138,6 @@ def test_muon_is_refused_with_what_to_do() -> None:
         module.setup("fit")
 
 
-def test_answers_are_not_generated_from_sharded_weights() -> None:
-    module = GRPOModule(CONFIG)
-    module.check_strategy(ZeRO(stage=2))
-    with pytest.raises(ValueError, match="ZeRO stage 3, which shards the weights that every rank needs"):
-        module.check_strategy(ZeRO(stage=3))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -168,6 +162,13 @@ def test_answers_are_not_generated_from_sharded_weights() -> None:
 def test_wrong_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ZeRO(**arguments)
+
+
+@pytest.mark.parametrize(("weights", "size"), [(7, 8), (8, 8), (300_000_001, 200_000_000)])
+def test_buckets_are_as_large_as_the_model_and_even(weights: int, size: int) -> None:
+    config: dict[str, Any] = {"zero_optimization": {}}
+    fit_buckets(config, torch.nn.Linear(weights, 1, bias=False, device="meta"))
+    assert config["zero_optimization"] == {"reduce_bucket_size": size, "allgather_bucket_size": size}
 
 
 def test_keys_of_deepspeed_are_passed_on() -> None:

@@ -1,5 +1,6 @@
-"""Reinforcement learning in this process: a model of random weights that is rewarded for writing one letter."""
+"""Reinforcement learning in this process, or on one of some ranks: a random model, rewarded for writing one letter."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ds_lightning.rl.tasks import Problem, Split
 from ds_lightning.training import GRPOModule
 
 REWARD = Path(__file__).parents[1] / "rl" / "reward_functions.py"
+LETTER = Reward(f"{REWARD}:share_of_letter", options={"letter": "e"})
 VOCAB_SIZE = 288
 MODEL = DeepSeekConfig(
     vocab_size=VOCAB_SIZE,
@@ -50,10 +52,12 @@ class Record(Callback):
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, list[list[int]]]] = []
+        self.advantages: list[list[float]] = []
         self.logged: list[dict[str, float]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.batches.append((trainer.global_step, plain_rows(batch).tolist()))
+        self.advantages.append(batch["advantages"].where(batch["mask"].any(1), math.nan).tolist())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
@@ -81,17 +85,22 @@ def train(
     accumulate: int = 1,
     resume: bool = False,
     module: dict[str, Any] | None = None,
+    model: DeepSeekConfig = MODEL,
+    reward: Reward = LETTER,
+    trainer: dict[str, Any] | None = None,
     **data: Any,
 ) -> tuple[GRPOModule, Record]:
-    """Run a fit with its checkpoints in the folder; return the module and what happened."""
+    """Run a fit with its checkpoints in the folder; return the module and what happened.
+
+    A tokenizer that is in the folder is taken: ranks find one there.
+    """
     from ds_lightning.training import checkpoint
 
     seed_everything(0, verbose=False)
     record = Record()
-    trainer = Trainer(
+    runs = Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        devices=1,
         max_epochs=1,
         logger=False,
         log_every_n_steps=1,
@@ -101,16 +110,18 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[record, *callbacks, Checkpoints(every_n_steps=1)],
+        **{"devices": 1, **(trainer or {})},
     )
+    tokenizer = folder / "tokenizer.json"
     settings: dict[str, Any] = {"rollouts": 6, "prompts": 4, "num_generations": 4, "max_completion_length": 6}
     datamodule = RolloutDataModule(
         task=Letters(),
-        rewards=[Reward(f"{REWARD}:share_of_letter", options={"letter": "e"})],
-        tokenizer=str(folder / "tokenizer.json") if resume else write_tokenizer(folder),
+        rewards=[reward],
+        tokenizer=str(tokenizer) if tokenizer.is_file() else write_tokenizer(folder),
         workers=1,
         **{**settings, **data},
     )
-    policy = GRPOModule(MODEL, **{"lr": 3e-3, "weight_decay": 0.0, **(module or {})})
+    policy = GRPOModule(model, **{"lr": 3e-3, "weight_decay": 0.0, **(module or {})})
     newest, _ = checkpoint.newest_valid(folder / "checkpoints")
-    trainer.fit(policy, datamodule=datamodule, ckpt_path=newest / checkpoint.STATE if resume and newest else None)
+    runs.fit(policy, datamodule=datamodule, ckpt_path=newest / checkpoint.STATE if resume and newest else None)
     return policy, record
