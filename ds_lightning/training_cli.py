@@ -363,9 +363,9 @@ class TrainingCLI(LightningCLI):
         if path is not None:
             state = Path(path) if Path(path).name == checkpoint.STATE else Path(path) / checkpoint.STATE
             ranks, stage = self.trainer.world_size, zero_stage(self.trainer.strategy)
-            checkpoint.check_layout(state.parent, ranks=ranks, zero_stage=stage)
+            change = checkpoint.check_layout(state.parent, ranks=ranks, zero_stage=stage)
             if self.trainer.is_global_zero:
-                print(f"going on from {state.parent}", file=sys.stderr)
+                print(*filter(None, [f"going on from {state.parent}", change]), sep="\n", file=sys.stderr)
             self.config_init[subcommand]["ckpt_path"] = str(state)
 
     def _export(self, folder: Path) -> None:

@@ -54,7 +54,8 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "weight_decay": 0.0, "parts": 1}
-        super().__init__(groups, defaults)
+        # By its own word for it, torch then restores AdamW's count of steps to where the fused step wants it.
+        super().__init__(groups, {**defaults, "fused": True})
         self._layouts: dict[Tensor, _Layout] = {}  # of flat tensors
 
     @torch.no_grad()

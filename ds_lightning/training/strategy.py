@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ds_lightning.models.init import init_layer
 from ds_lightning.optim import Muon
 from ds_lightning.optim.sharded_matrices import Sharding
-from ds_lightning.training import shards
+from ds_lightning.training import checkpoint, shards
 from ds_lightning.training.precision import ZeROPrecision
+from ds_lightning.training.reshard import load_resharded
 from ds_lightning.training.zero_config import deepspeed_config, fit_buckets
 
 
@@ -216,7 +217,9 @@ class ZeRO(DeepSpeedStrategy):
         shards.save(self.model, checkpoint, Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read this rank's shards; the folder must have been verified, since DeepSpeed unpickles it.
+        """Read this rank's shards, from those of other ranks where it is other ranks that wrote them.
+
+        The checkpoint must have been verified, since DeepSpeed unpickles it.
 
         Returns:
             What ``save_checkpoint`` was given on rank 0.
@@ -224,7 +227,10 @@ class ZeRO(DeepSpeedStrategy):
         assert self.lightning_module is not None
         folder = Path(checkpoint_path)
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            return shards.load(self.model, folder)
+            ranks, stage = checkpoint.layout(folder.parent)
+            if (ranks, stage) == (self.world_size, self.stage):
+                return shards.load(self.model, folder)
+            return load_resharded(self.model, folder, ranks=ranks, stage=stage)
         self.load(self.lightning_module, shards.whole_state(folder))
         return shards.load_client_state(folder)
 
