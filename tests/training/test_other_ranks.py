@@ -93,7 +93,7 @@ def test_they_go_on_as_one_process_would(
             torch.testing.assert_close(result["end"][name], weight, rtol=0, atol=3e-6)
         for name, bias in one["biases"][-1].items():
             assert torch.equal(result["end"][f"{name} (buffer)"], bias)
-        assert result["tokens"] == 2 * written[f"{writer} {before} 32-true"]["tokens"] == one["tokens"]
+        assert result["tokens"] == one["tokens"]
 
 
 def test_fp32_weights_behind_bfloat16_ones_are_bitwise_too(
