@@ -2,21 +2,27 @@
 
 Ranks are threads here, whose sum over ranks waits until all have come. The batches of the products are others, so fp32
 may round differently: 1e-7 of an update, of which the smallest singular values grow by at most 78 in each of two steps.
+Where matrices lie is checked against a row of numbered elements.
 """
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
-from ds_lightning.optim import Muon
+from ds_lightning.config import DeepSeekConfig
+from ds_lightning.models import DeepSeek
+from ds_lightning.optim import Muon, muon_groups
 from ds_lightning.optim.muon import orthogonalise
 from ds_lightning.optim.sharded_matrices import Cut, Sharding, Stretch, find_matrices, gather
 from ds_lightning.training.shards import cuts
 
+ROOT = Path(__file__).parents[2]
 SHAPES = {"experts": (3, 8, 5), "matrix": (6, 7), "wide": (4, 10)}
 
 
@@ -146,3 +152,24 @@ def test_shared_matrices_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_matrix_is_orthogonalised_to_none() -> None:
     assert orthogonalise(torch.zeros(0, 4, 3)).shape == (0, 4, 3)
+
+
+@pytest.mark.parametrize(("stage", "matrices", "percent"), [(2, 7, 0.15), (3, 189, 5.8)])
+def test_eight_ranks_share_few_of_v2_lites_matrices(stage: int, matrices: int, percent: float) -> None:
+    """What docs/cluster.md says of them."""
+    fields = yaml.safe_load((ROOT / "configs/model/v2_lite.yaml").read_text())
+    with torch.device("meta"):
+        model = DeepSeek(DeepSeekConfig(**{**fields, "rope_scaling": None}))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    count = shared = total = 0
+    for group in muon_groups(model, 0.1):
+        if group["muon"]:
+            shapes = {names[id(parameter)]: parameter.shape for parameter in group["params"]}
+            [cut] = cuts([shapes], stage, ranks=8)
+            contents = [(cut[name], tuple(shape)) for name, shape in shapes.items()]
+            for (rows, columns), found in find_matrices(contents, group["parts"], rank=0).items():
+                count += len(found.shared)
+                shared += len(found.shared) * rows * columns
+            total += sum(shape.numel() for shape in shapes.values())
+    assert count == matrices
+    assert 100 * shared / total == pytest.approx(percent, rel=0.05)
