@@ -62,6 +62,8 @@ def load_resharded(engine: Any, folder: Path, *, ranks: int, stage: int) -> dict
         optimizer.checkpoint_event_epilogue()
     else:
         optimizer.update_lp_params()
+    others = range(1, ranks) if stage == 3 else ()
+    _load_frozen(engine, [state, *(shards.model_state(folder, each) for each in others)], stage)
     _take_up_the_rest(engine, state)
     return {name: value for name, value in state.items() if name != "module"}
 
@@ -145,6 +147,28 @@ def _check(folder: Path, theirs: _Shapes, ours: _Shapes, their_groups: Any, our_
             f"checkpoint {folder.parent} holds the states of an optimizer with {len(their_groups)} parameter groups, "
             f"not of this one with {len(our_groups)}, expected the optimizer of the run that wrote it"
         )
+
+
+@torch.no_grad()
+def _load_frozen(engine: Any, written: list[dict[str, Any]], stage: int) -> None:
+    """Load parameters that are in no optimizer, such as those of a reference policy.
+
+    Args:
+        engine: Of this run.
+        written: What the ranks wrote beside their shards; below stage 3 that of rank 0 has all.
+        stage: Of ZeRO, under which they did.
+    """
+    import deepspeed
+
+    optimized = {name for group in engine._get_zero_param_shapes() for name in group}
+    for name, parameter in engine.module.named_parameters():
+        if name in optimized:
+            continue
+        parts = [state["frozen_param_fragments" if stage == 3 else "module"][name].flatten() for state in written]
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        sharded = engine.zero_optimization_stage() == 3
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
+            parameter.copy_(torch.cat(parts)[: shape.numel()].view(shape))
 
 
 @torch.no_grad()

@@ -113,9 +113,14 @@ def load(engine: Any, folder: Path) -> dict[str, Any]:
     return client
 
 
-def model_state(folder: Path) -> dict[str, Any]:
-    """Return what rank 0 wrote beside its shards: the run's state, buffers, and below stage 3 rounded weights."""
-    names = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"  # below stage 3, and at it
+def model_state(folder: Path, rank: int = 0) -> dict[str, Any]:
+    """Return what a rank wrote beside its shards: the run's state, buffers, and below stage 3 rounded weights.
+
+    Args:
+        folder: What ``save`` was given.
+        rank: 0, or at stage 3 any.
+    """
+    names = "mp_rank_00_model_states.pt", f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"  # below stage 3, and at it
     path = next(folder / TAG / name for name in names if (folder / TAG / name).is_file())
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)  # verified before, and our own
     return state

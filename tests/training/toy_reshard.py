@@ -10,6 +10,7 @@ from torch import Tensor
 from ds_lightning.callbacks import Checkpoints, RoutingBias
 from ds_lightning.optim import muon_groups
 from ds_lightning.training import checkpoint
+from ds_lightning.training.strategy import zero_stage
 from tests.training.toy_zero import Curves, Toy, rows_of, settings, trainer_of
 
 STOP = 3
@@ -27,6 +28,16 @@ READERS = {
     "4 ranks": [("2 ranks", 2, 2), ("2 ranks", 3, 3), ("2 ranks", 3, 1)],
 }
 """Who goes on: from what was written by whom, under which stage, and under which."""
+
+
+class Frozen(Toy):
+    """Has a parameter that is not trained, and that begins with another value in every run."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        value = 10.0 * self.trainer.world_size + zero_stage(self.trainer.strategy)
+        if not hasattr(self, "frozen"):
+            self.frozen = torch.nn.Parameter(torch.full((3, 6), value), requires_grad=False)
 
 
 class State(Callback):
@@ -54,7 +65,9 @@ def whole_state(trainer: Trainer, module: Any) -> dict[str, Tensor]:
         zero._lazy_init_hp_params_optimizer_state()
     hidden = {id(p) for group in muon_groups(module.model, 0.0) if group["muon"] for p in group["params"]}
     state = {f"{name} (buffer)": buffer.clone() for name, buffer in module.named_buffers()}
-    for name, parameter in module.named_parameters():
+    with trainer.strategy.whole([module.frozen]):  # type: ignore[attr-defined]
+        state["frozen"] = module.frozen.detach().clone()
+    for name, parameter in module.model.named_parameters(prefix="model"):
         state[name] = safe_get_full_fp32_param(parameter).clone()
         for key in ("momentum",) if id(parameter) in hidden else ("exp_avg", "exp_avg_sq"):
             state[f"{name} {key}"] = safe_get_full_optimizer_state(parameter, key).clone()
@@ -66,7 +79,7 @@ def attempt(folder: Path, stage: int, precision: str = "32-true", *, stop: bool 
     """Fit, from the newest valid checkpoint in the folder if there is one."""
     run = settings(stage=stage, module=MODULE, precision=precision)
     torch.manual_seed(0)
-    module, curves, saves, state = Toy(None, **MODULE), Curves(), Checkpoints(every_n_steps=99), State()
+    module, curves, saves, state = Frozen(None, **MODULE), Curves(), Checkpoints(every_n_steps=99), State()
 
     class Stop(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
