@@ -34,7 +34,6 @@ from ds_lightning.summary import REPORT, read_report, summary_table, write_repor
 from ds_lightning.training import checkpoint
 from ds_lightning.training.export import build_model, load_weights
 from ds_lightning.training.failure import started_by_lightning
-from ds_lightning.training.module import DeepSeekModule
 from ds_lightning.training.run_folder import check_run_folder, read_config, value_at, write_config
 from ds_lightning.training.strategy import zero_stage
 from ds_lightning.user_errors import one_line, writing
@@ -253,8 +252,6 @@ class TrainingCLI(LightningCLI):
         out = Path(self._options.out)
         check_run_folder(out, self.config_dump)
         check_ours(out / PAGE)
-        if isinstance(self.model, DeepSeekModule):
-            self.model.check_strategy(self.trainer.strategy)  # here once, in its setup on every rank
         if self._options.calibration is not None:
             Calibration.read(self._options.calibration)
         self.trainer.callbacks.append(WriteConfig(out, self.config_dump))  # type: ignore[attr-defined]
@@ -363,9 +360,9 @@ class TrainingCLI(LightningCLI):
         if path is not None:
             state = Path(path) if Path(path).name == checkpoint.STATE else Path(path) / checkpoint.STATE
             ranks, stage = self.trainer.world_size, zero_stage(self.trainer.strategy)
-            checkpoint.check_layout(state.parent, ranks=ranks, zero_stage=stage)
+            change = checkpoint.check_layout(state.parent, ranks=ranks, zero_stage=stage)
             if self.trainer.is_global_zero:
-                print(f"going on from {state.parent}", file=sys.stderr)
+                print(*filter(None, [f"going on from {state.parent}", change]), sep="\n", file=sys.stderr)
             self.config_init[subcommand]["ckpt_path"] = str(state)
 
     def _export(self, folder: Path) -> None:

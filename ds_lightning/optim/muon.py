@@ -8,6 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ds_lightning.optim.sharded_matrices import Matrices, Sharding, find_matrices, gather, scatter
+
+_Layout = dict[tuple[int, int], Matrices]
+
 _QUINTICS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 """Factors of x, x^3 and x^5 in each iteration: the odd quintic nearest to 1 over the interval where the last one left
 the singular values (The Polar Express, arXiv:2505.16932, section 3). They begin in [0.01, 1] and end within 0.27 of 1,
@@ -32,9 +36,13 @@ class Muon(torch.optim.Optimizer):
     Attributes:
         found_inf: 1 for a step that leaves weights and states as they are, 0 for one that is made, on the device: the
             contract of torch's fused optimizers, which spares the host from waiting. None: all steps are made.
+        sharding: How ranks share the parameters, where these are flat tensors with a part on each rank. Momentum stays
+            where it is; matrices that lie on several ranks are brought together, dealt out, and their updates
+            brought back. None: every parameter is whole.
     """
 
     found_inf: Tensor | None = None
+    sharding: Sharding | None = None
 
     def __init__(
         self,
@@ -46,7 +54,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "weight_decay": 0.0, "parts": 1}
-        super().__init__(groups, defaults)
+        # By its own word for it, torch then restores AdamW's count of steps to where the fused step wants it.
+        super().__init__(groups, {**defaults, "fused": True})
+        self._layouts: dict[Tensor, _Layout] = {}  # of flat tensors
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -57,16 +67,13 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             pairs = [(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None]
-            if group["muon"]:
-                self._step_muon(group, pairs)
-            elif pairs:
-                self._step_adamw(group, pairs)
+            if pairs:
+                (self._step_muon if group["muon"] else self._step_adamw)(group, pairs)
         return loss
 
     def _step_muon(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Orthogonalise all matrices of one shape together, since each alone is too small to keep a device busy."""
-        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         skip = None if self.found_inf is None else self.found_inf.bool()
+        updates: list[tuple[Tensor, _Layout]] = []
         for parameter, gradient in pairs:
             state = self.state[parameter]
             if not state:
@@ -75,17 +82,48 @@ class Muon(torch.optim.Optimizer):
                 gradient = torch.where(skip, state["momentum"], gradient)  # towards which the momentum does not move
             state["momentum"].lerp_(gradient, 1 - group["momentum"])
             update = torch.lerp(gradient, state["momentum"], group["momentum"])
-            matrices = update.unflatten(-2, (group["parts"], -1)).flatten(0, -3)  # [matrices rows columns]
-            by_shape[tuple(matrices.shape[1:])].append((parameter, matrices))
-        for (rows, columns), entries in by_shape.items():
-            orthogonal = orthogonalise(torch.cat([matrices for _, matrices in entries]))
-            pieces = orthogonal.split([len(matrices) for _, matrices in entries])
-            for (parameter, _), piece in zip(entries, pieces, strict=True):
-                moved = parameter if skip is None else parameter.clone()
-                moved.mul_(1 - group["lr"] * group["weight_decay"])
-                moved.add_(piece.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
-                if skip is not None:
-                    parameter.copy_(torch.where(skip, parameter, moved))
+            updates.append((update.reshape(-1), self._layout(parameter, group["parts"])))
+        self._orthogonalise(updates)
+        for (parameter, _), (update, layout) in zip(pairs, updates, strict=True):
+            moved = parameter if skip is None else parameter.clone()
+            moved.mul_(1 - group["lr"] * group["weight_decay"])
+            for (rows, columns), matrices in layout.items():
+                for where in (*matrices.whole, *(where for where, _ in matrices.shared)):
+                    moved.view(-1)[where].add_(update[where], alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+            if skip is not None:
+                parameter.copy_(torch.where(skip, parameter, moved))
+
+    def _layout(self, parameter: Tensor, parts: int) -> _Layout:
+        """Return where in a parameter its matrices lie."""
+        if self.sharding is None:
+            return {(parameter.shape[-2] // parts, parameter.shape[-1]): Matrices([slice(0, parameter.numel())], [])}
+        if parameter not in self._layouts:
+            self._layouts[parameter] = find_matrices(self.sharding.contents[parameter], parts, self.sharding.rank)
+        return self._layouts[parameter]
+
+    def _orthogonalise(self, updates: list[tuple[Tensor, _Layout]]) -> None:
+        """Orthogonalise all matrices of one shape together, in place: each alone is too small to keep a device busy."""
+        device = updates[0][0].device if self.sharding is None else self.sharding.device
+        dtype = _working_dtype(device)
+        whole: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        shared: dict[tuple[int, int], list[tuple[Tensor, int]]] = defaultdict(list)
+        for update, layout in updates:
+            for shape, matrices in layout.items():
+                whole[shape] += [update[where].unflatten(0, (-1, *shape)) for where in matrices.whole]
+                shared[shape] += [(update[where], first) for where, first in matrices.shared]
+        for shape, stacks in whole.items():
+            batch = [stack.to(device, dtype) for stack in stacks]
+            if shared[shape]:
+                assert self.sharding is not None
+                batch.append(gather(shared[shape], shape, self.sharding, dtype))
+            if not batch:
+                continue
+            results = orthogonalise(torch.cat(batch)).split([len(stack) for stack in batch])
+            for stack, result in zip(stacks, results, strict=False):
+                stack.copy_(result)
+            if shared[shape]:
+                assert self.sharding is not None
+                scatter(results[-1], shared[shape], self.sharding)
 
     def _step_adamw(self, group: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
         for parameter, _ in pairs:
@@ -122,8 +160,7 @@ def orthogonalise(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Ten
 
     Numerics: bfloat16 where the device multiplies it natively, else fp32.
     """
-    native = matrices.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    x = matrices.to(torch.bfloat16 if native else torch.float32)
+    x = matrices.to(_working_dtype(matrices.device))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (1.01 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # rounded, no singular value is above 1
@@ -131,3 +168,8 @@ def orthogonalise(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Ten
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _working_dtype(device: torch.device) -> torch.dtype:
+    native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32

@@ -149,30 +149,41 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
-def check_layout(path: Path, *, ranks: int, zero_stage: int) -> None:
-    """Refuse a verified checkpoint whose shards are not those of this run.
+def layout(path: Path) -> tuple[int, int]:
+    """Return how many processes wrote a verified checkpoint, and under which stage of ZeRO (0: none)."""
+    manifest = _inspect(path, contents=False)[1]
+    assert manifest is not None, f"{path} has not been verified"
+    return manifest.ranks, manifest.zero_stage
+
+
+def check_layout(path: Path, *, ranks: int, zero_stage: int) -> str:
+    """Refuse a verified checkpoint that this run cannot go on from, and return what becomes of its shards.
 
     Args:
         path: The checkpoint's folder.
         ranks: Processes of the run.
         zero_stage: How the run shards its state; 0: not at all, whatever the number of ranks.
 
+    Returns:
+        What is done with them, in words; nothing where they stay as they are.
+
     Raises:
-        ValueError: If they are not: one line with what to do.
+        ValueError: If the one is sharded and the other is not: one line with what to do.
     """
-    manifest = _inspect(path, contents=False)[1]
-    assert manifest is not None, f"{path} has not been verified"
-    if manifest.zero_stage == zero_stage and (not zero_stage or manifest.ranks == ranks):
-        return
-    raise ValueError(
-        f"checkpoint {path} holds {_layout(manifest.ranks, manifest.zero_stage)}, this run has "
-        f"{_layout(ranks, zero_stage)}: go on with the same trainer.strategy and devices, or export it and start a run "
-        "from its weights (model.init_args.weights)"
-    )
+    before, now = _in_words(*layout(path)), _in_words(ranks, zero_stage)
+    if (layout(path)[1] > 0) != (zero_stage > 0):
+        raise ValueError(
+            f"checkpoint {path} holds {before}, this run has {now}: go on with or without trainer.strategy "
+            "ZeRO as it began, on any number of devices, or export it and start a run from its weights "
+            "(model.init_args.weights)"
+        )
+    return "" if before == now else f"{before} become {now}"
 
 
-def _layout(ranks: int, zero_stage: int) -> str:
-    return f"{ranks} shards of ZeRO stage {zero_stage}" if zero_stage else "a state that is not sharded"
+def _in_words(ranks: int, zero_stage: int) -> str:
+    if not zero_stage:
+        return "a state that is not sharded"
+    return f"{ranks} {'shard' if ranks == 1 else 'shards'} of ZeRO stage {zero_stage}"
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[Skipped]]:

@@ -20,7 +20,7 @@ from ds_lightning.nn.moe import Router
 from ds_lightning.ops.topk_gate import Gate
 from ds_lightning.optim import Schedule, WarmupStableDecay, build_optimizer
 from ds_lightning.training.precision import ZeROPrecision
-from ds_lightning.training.strategy import ZeRO, zero_stage
+from ds_lightning.training.strategy import ZeRO
 
 _CHANGEABLE = {"initializer_range", "max_position_embeddings", "rope_scaling"}
 """Fields in which a run may differ from the weights that it starts from: no tensor has another shape or meaning."""
@@ -112,7 +112,7 @@ class DeepSeekModule(pl.LightningModule):
         return min(max(self.planned_progress, self.budget_progress), 1.0)
 
     def setup(self, stage: str) -> None:
-        """Check that gradients are to be clipped as is done here, and that the optimizer suits the strategy.
+        """Check that gradients are to be clipped as is done here.
 
         Raises:
             ValueError: If not.
@@ -122,19 +122,6 @@ class DeepSeekModule(pl.LightningModule):
             raise ValueError(f"trainer.gradient_clip_val is {limit}, expected 0 or more")
         if algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm is {algorithm.value!r}, expected 'norm'")
-        self.check_strategy(self.trainer.strategy)
-
-    def check_strategy(self, strategy: Any) -> None:
-        """Refuse an optimizer that cannot work under a strategy.
-
-        Raises:
-            ValueError: If it cannot.
-        """
-        if self.optimizer == "muon" and zero_stage(strategy):
-            raise ValueError(
-                "model.init_args.optimizer is 'muon', which needs whole matrices where ZeRO keeps flat shards of them, "
-                "expected 'adamw' (with a learning rate that suits it) under trainer.strategy ZeRO, or strategy ddp"
-            )
 
     def configure_model(self) -> None:
         """Build the model, where the strategy wants it.

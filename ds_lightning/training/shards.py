@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_lightning.optim.sharded_matrices import Cut
 from ds_lightning.training.tensor_file import write_tensors
 
 TAG = "shards"
@@ -35,6 +36,44 @@ def import_deepspeed() -> None:
 
 def _is_of_use(record: logging.LogRecord) -> bool:
     return "Setting accelerator to CPU" not in record.getMessage()
+
+
+def flat_tensors(engine: Any) -> list[Tensor]:
+    """Return what DeepSpeed's optimizer steps on in this rank, in fp32: one a parameter group, at stage 3 or more."""
+    names = "fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups"
+    found: list[Tensor] = next(getattr(engine.optimizer, name) for name in names if hasattr(engine.optimizer, name))
+    return found
+
+
+def cuts(shapes: Sequence[Mapping[str, torch.Size]], stage: int, ranks: int) -> list[dict[str, Cut]]:
+    """Return how DeepSpeed cuts parameters, one mapping a flat tensor, in its order.
+
+    Stages 1 and 2 lay the parameters of a group in a row and cut that into equal shards; stage 3 cuts each parameter.
+
+    Args:
+        shapes: Of the parameters by name, one mapping a flat tensor: ``engine._get_zero_param_shapes()``.
+        stage: Of ZeRO.
+        ranks: Of the run.
+    """
+    return [(_cut_each if stage == 3 else _cut_in_a_row)(group, ranks) for group in shapes]
+
+
+def _cut_in_a_row(shapes: Mapping[str, torch.Size], ranks: int) -> dict[str, Cut]:
+    total = sum(shape.numel() for shape in shapes.values())
+    shard, origin, found = -(-total // (2 * ranks)) * 2, 0, {}  # aligned to 4 bytes of bfloat16
+    for name, shape in shapes.items():
+        found[name] = Cut(shape.numel(), origin, shard, base=0)
+        origin += shape.numel()
+    return found
+
+
+def _cut_each(shapes: Mapping[str, torch.Size], ranks: int) -> dict[str, Cut]:
+    base, found = 0, {}
+    for name, shape in shapes.items():
+        shard = -(-shape.numel() // ranks)
+        found[name] = Cut(shape.numel(), origin=0, shard=shard, base=base)
+        base += shard
+    return found
 
 
 def detach_failures(engine: Any) -> None:
@@ -74,12 +113,29 @@ def load(engine: Any, folder: Path) -> dict[str, Any]:
     return client
 
 
-def load_client_state(folder: Path) -> dict[str, Any]:
-    """Return the state that rank 0 wrote beside its shards."""
-    names = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"  # below stage 3, and at it
+def model_state(folder: Path, rank: int = 0) -> dict[str, Any]:
+    """Return what a rank wrote beside its shards: the run's state, buffers, and below stage 3 rounded weights.
+
+    Args:
+        folder: What ``save`` was given.
+        rank: 0, or at stage 3 any.
+    """
+    names = "mp_rank_00_model_states.pt", f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"  # below stage 3, and at it
     path = next(folder / TAG / name for name in names if (folder / TAG / name).is_file())
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)  # verified before, and our own
-    return {name: value for name, value in state.items() if name != "module"}
+    return state
+
+
+def optimizer_state(folder: Path, rank: int) -> dict[str, Any]:
+    """Return what a rank wrote of its optimizer; tensors are read from the file as they are used."""
+    [path] = (folder / TAG).glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
+    return state
+
+
+def load_client_state(folder: Path) -> dict[str, Any]:
+    """Return the state that rank 0 wrote beside its shards."""
+    return {name: value for name, value in model_state(folder).items() if name != "module"}
 
 
 def whole_state(folder: Path) -> dict[str, Tensor]:

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from ds_lightning.models import DeepSeek
 from ds_lightning.models.init import init_layer
-from ds_lightning.training import shards
+from ds_lightning.optim import Muon
+from ds_lightning.optim.sharded_matrices import Sharding
+from ds_lightning.training import checkpoint, shards
 from ds_lightning.training.precision import ZeROPrecision
+from ds_lightning.training.reshard import load_resharded
 from ds_lightning.training.zero_config import deepspeed_config, fit_buckets
 
 
@@ -198,12 +201,26 @@ class ZeRO(DeepSpeedStrategy):
             fit_buckets(self.config, self.lightning_module)
             self._initialize_deepspeed_train(self.lightning_module)
             shards.detach_failures(self.model)
+            self._share_matrices()
             self._trained = self.model
         elif self._trained is not None and self._trained.module is self.lightning_module:
             self.model = self._trained
             self.model_to_device()
         else:
             self._initialize_deepspeed_inference(self.model)
+
+    def _share_matrices(self) -> None:
+        """Tell Muon where in the flat tensors that it steps on the matrices are."""
+        engine: Any = self.model
+        if not isinstance(engine.optimizer.optimizer, Muon):
+            return
+        shapes = engine._get_zero_param_shapes()
+        cuts = shards.cuts(shapes, self.stage, self.world_size)
+        contents = {
+            flat: [(cut, tuple(group_shapes[name])) for name, cut in group_cuts.items()]
+            for flat, group_shapes, group_cuts in zip(shards.flat_tensors(engine), shapes, cuts, strict=True)
+        }
+        engine.optimizer.optimizer.sharding = Sharding(contents, self.global_rank, self.world_size, self.root_device)
 
     def _initialize_deepspeed_inference(self, model: Any) -> None:
         import deepspeed
@@ -239,7 +256,9 @@ class ZeRO(DeepSpeedStrategy):
         shards.save(self.model, checkpoint, Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read this rank's shards; the folder must have been verified, since DeepSpeed unpickles it.
+        """Read this rank's shards, from those of other ranks where it is other ranks that wrote them.
+
+        The checkpoint must have been verified, since DeepSpeed unpickles it.
 
         Returns:
             What ``save_checkpoint`` was given on rank 0.
@@ -247,7 +266,10 @@ class ZeRO(DeepSpeedStrategy):
         assert self.lightning_module is not None
         folder = Path(checkpoint_path)
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            return shards.load(self.model, folder)
+            ranks, stage = checkpoint.layout(folder.parent)
+            if (ranks, stage) == (self.world_size, self.stage):
+                return shards.load(self.model, folder)
+            return load_resharded(self.model, folder, ranks=ranks, stage=stage)
         self.load(self.lightning_module, shards.whole_state(folder))
         return shards.load_client_state(folder)
 

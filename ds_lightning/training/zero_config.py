@@ -17,8 +17,11 @@ _ELSEWHERE = {
     "scheduler": "model.init_args.lr_schedule",
     "zero_optimization.stage": "the strategy's stage",
     "zero_optimization.offload_optimizer": "the strategy's offload_optimizer",
+    "zero_optimization.elastic_checkpoint": "nothing (any number of ranks goes on from any checkpoint)",
+    "zero_optimization.mics_shard_size": "stage 3 (over all ranks)",
+    "zero_optimization.parameter_alignment": "nothing (no gaps between parameters)",
 }
-"""Keys of DeepSpeed's config that have another place in ours."""
+"""Keys of DeepSpeed's config that have another place in ours, or none: ``shards.cuts`` knows how the rest lies."""
 
 _KNOWN = (
     "activation_checkpointing",

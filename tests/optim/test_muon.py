@@ -119,6 +119,19 @@ def test_a_restored_optimizer_goes_on_bitwise() -> None:
     assert torch.equal(parameter, twin)
 
 
+def test_the_count_of_steps_is_restored_to_the_device_of_the_weights() -> None:
+    here, there = nn.Parameter(matrix(5)), nn.Parameter(matrix(5).to("meta"))
+    here.grad = matrix(5)
+    ours, theirs = (Muon([{"params": [p], "muon": False, "weight_decay": 0.1}], lr=0.01) for p in (here, there))
+    ours.step()
+    theirs.load_state_dict(ours.state_dict())
+    assert {key: value.device.type for key, value in theirs.state[there].items()} == {
+        "exp_avg": "meta",
+        "exp_avg_sq": "meta",
+        "step": "meta",
+    }
+
+
 def test_a_parameter_without_gradient_is_left_alone() -> None:
     still, moved = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
     moved.grad = matrix(4, 4)

@@ -266,22 +266,40 @@ def test_a_checkpoint_says_how_it_is_sharded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "run", "message"),
+    ("written", "run", "change"),
     [
-        ((2, 3), (2, 3), None),
-        ((2, 0), (8, 0), None),
-        ((2, 3), (4, 3), "holds 2 shards of ZeRO stage 3, this run has 4 shards of ZeRO stage 3: go on with the same"),
-        ((2, 3), (2, 2), "holds 2 shards of ZeRO stage 3, this run has 2 shards of ZeRO stage 2: go on with the same"),
-        ((2, 3), (2, 0), "holds 2 shards of ZeRO stage 3, this run has a state that is not sharded: go on with the"),
-        ((1, 0), (2, 1), "holds a state that is not sharded, this run has 2 shards of ZeRO stage 1: go on with the"),
+        ((2, 3), (2, 3), ""),
+        ((2, 0), (8, 0), ""),
+        ((2, 3), (4, 3), "2 shards of ZeRO stage 3 become 4 shards of ZeRO stage 3"),
+        ((2, 2), (1, 1), "2 shards of ZeRO stage 2 become 1 shard of ZeRO stage 1"),
     ],
 )
-def test_another_layout_is_refused_with_what_to_do(
-    tmp_path: Path, written: tuple[int, int], run: tuple[int, int], message: str | None
+def test_another_layout_of_shards_is_named(
+    tmp_path: Path, written: tuple[int, int], run: tuple[int, int], change: str
 ) -> None:
     path = write_shards(tmp_path, ranks=written[0], zero_stage=written[1])
-    if message is None:
-        checkpoint.check_layout(path, ranks=run[0], zero_stage=run[1])
-        return
+    assert checkpoint.check_layout(path, ranks=run[0], zero_stage=run[1]) == change
+    assert checkpoint.layout(path) == written
+
+
+@pytest.mark.parametrize(
+    ("written", "run", "message"),
+    [
+        (
+            (2, 3),
+            (2, 0),
+            "holds 2 shards of ZeRO stage 3, this run has a state that is not sharded: go on with or",
+        ),
+        (
+            (1, 0),
+            (2, 1),
+            "holds a state that is not sharded, this run has 2 shards of ZeRO stage 1: go on with or",
+        ),
+    ],
+)
+def test_shards_are_not_made_of_a_state_that_has_none_nor_the_reverse(
+    tmp_path: Path, written: tuple[int, int], run: tuple[int, int], message: str
+) -> None:
+    path = write_shards(tmp_path, ranks=written[0], zero_stage=written[1])
     with pytest.raises(ValueError, match=message):
         checkpoint.check_layout(path, ranks=run[0], zero_stage=run[1])

@@ -18,10 +18,9 @@ from ds_lightning.training import checkpoint
 from ds_lightning.training.export import load_weights
 from tests.training.ranks import run_ranks
 from tests.training.toy_zero import STEPS
+from tests.training.toy_zero_saves import NAMES
 
 pytestmark = pytest.mark.soak
-
-STAGES = ("1", "2", "3")
 
 
 @pytest.fixture(scope="module")
@@ -57,45 +56,45 @@ def content(path: Path) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_stopped_by_a_signal_to_one_rank_resumes_bitwise(
-    ranks: list[dict[str, Any]], folder: Path, stage: str
+    ranks: list[dict[str, Any]], folder: Path, name: str
 ) -> None:
     for rank in ranks:
-        straight, stopped, resumed = rank["resume"][stage]
+        straight, stopped, resumed = rank["resume"][name]
         assert stopped["stopped"]
         assert len(stopped["points"]) == resumed["first"] == 3
         assert stopped["points"] + resumed["points"] == straight["points"]
         assert len({point["train/loss"] for point in straight["points"]}) == STEPS
-        for name, weight in straight["weights"].items():
-            assert torch.equal(resumed["weights"][name], weight), name
-        for name, bias in straight["biases"][-1].items():
-            assert torch.equal(resumed["biases"][-1][name], bias), name
+        for key, weight in straight["weights"].items():
+            assert torch.equal(resumed["weights"][key], weight), key
+        for key, bias in straight["biases"][-1].items():
+            assert torch.equal(resumed["biases"][-1][key], bias), key
     last = f"checkpoints/step-{STEPS:08d}"
-    expected = content(folder / f"zero{stage}" / "straight" / last)
-    found = content(folder / f"zero{stage}" / "parts" / last)
+    expected = content(folder / name / "straight" / last)
+    found = content(folder / name / "parts" / last)
     assert len(expected) > 20
     assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
 
 
 def test_ranks_draw_different_numbers(folder: Path, ranks: list[dict[str, Any]]) -> None:
-    path = folder / "zero2" / "straight" / f"checkpoints/step-{STEPS:08d}"
+    path = folder / "2 adamw" / "straight" / f"checkpoints/step-{STEPS:08d}"
     first, second = (torch.load(path / checkpoint.rank_file(rank))["torch"] for rank in (0, 1))
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_shards_make_up_the_weights(ranks: list[dict[str, Any]], folder: Path, stage: str) -> None:
-    newest, skipped = checkpoint.newest_valid(folder / f"zero{stage}" / "straight" / "checkpoints")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shards_make_up_the_weights(ranks: list[dict[str, Any]], folder: Path, name: str) -> None:
+    newest, skipped = checkpoint.newest_valid(folder / name / "straight" / "checkpoints")
     assert newest is not None
     assert skipped == []
     manifest = checkpoint.verify(newest)
-    assert (manifest.step, manifest.ranks, manifest.zero_stage) == (STEPS, 2, int(stage))
-    state, straight = load_weights(newest), ranks[0]["resume"][stage][0]
+    assert (manifest.step, manifest.ranks, manifest.zero_stage) == (STEPS, 2, int(name[0]))
+    state, straight = load_weights(newest), ranks[0]["resume"][name][0]
     expected = {**straight["weights"], **straight["biases"][-1]}
     assert state.keys() == expected.keys()
-    assert [name for name, tensor in expected.items() if not torch.equal(state[name], tensor)] == []
+    assert [key for key, tensor in expected.items() if not torch.equal(state[key], tensor)] == []
 
 
 def _truncate(path: Path) -> None:
@@ -115,7 +114,7 @@ def test_a_damaged_shard_is_named_and_the_older_checkpoint_taken(
     ranks: list[dict[str, Any]], folder: Path, tmp_path: Path, damage: Any, found: str
 ) -> None:
     run = tmp_path / "checkpoints"
-    shutil.copytree(folder / "zero2" / "straight" / "checkpoints", run)
+    shutil.copytree(folder / "2 adamw" / "straight" / "checkpoints", run)
     [*_, older, newest] = sorted(run.iterdir())
     shard = sorted(newest.rglob("*optim_states.pt"))[1]
     damage(shard)
@@ -131,7 +130,7 @@ def test_a_full_disk_on_one_rank_costs_all_of_them_the_same_save(ranks: list[dic
         assert passing["error"] == ""
         assert passing["failed_saves"] == 1
         assert passing["saved"] == ["step-00000004", "step-00000006"]
-        assert passing["points"] == rank["resume"]["2"][0]["points"]
+        assert passing["points"] == rank["resume"]["2 adamw"][0]["points"]
 
 
 def test_a_full_disk_at_the_end_fails_all_ranks_and_spares_the_old_checkpoint(ranks: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """Runs of the toy of ``toy_pretraining`` on some ranks: in this process, or in one of the ranks of ``ranks.py``."""
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,7 +74,7 @@ def trainer_of(run: dict[str, Any], *callbacks: Callback, **options: Any) -> Tra
     strategy: Any = "auto" if one else ZeRO(run["stage"], offload_optimizer=run["offload"])
     return Trainer(
         accelerator="cpu",
-        devices=1 if one else 2,
+        devices=1 if one else int(os.environ.get("WORLD_SIZE", "2")),
         strategy=strategy,
         max_epochs=1,
         callbacks=list(callbacks),
@@ -151,6 +152,7 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
         "biases": curves.biases,
         "weights": whole_weights(trainer, module),
         "loads": module.loads,
+        "tokens": module.tokens_seen,
         "rope": module.model.rope_tables(12, torch.device("cpu")) if module.model else None,
     }
 

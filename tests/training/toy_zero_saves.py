@@ -14,6 +14,9 @@ from ds_lightning.callbacks import Checkpoints, Preemption, ReplicaCheck, Routin
 from ds_lightning.training import checkpoint
 from tests.training.toy_zero import Curves, Toy, rows_of, settings, trainer_of, whole_weights
 
+NAMES = [f"{stage} {optimizer}" for stage in (1, 2, 3) for optimizer in ("adamw", "muon")]
+"""Of the runs that are stopped and go on: stage and optimizer."""
+
 
 class Noisy(Toy):
     """Its loss depends on the random state of the rank."""
@@ -33,9 +36,11 @@ class On(Callback):
             self.action()
 
 
-def attempt(folder: Path, stage: int, *callbacks: Callback, seed: int, every: int = 2) -> dict[str, Any]:
+def attempt(
+    folder: Path, stage: int, *callbacks: Callback, seed: int, every: int = 2, optimizer: str = "adamw"
+) -> dict[str, Any]:
     """Fit, from the newest valid checkpoint in the folder if there is one; two micro-batches a step."""
-    run = settings(stage=stage, accumulate=2)
+    run = settings(stage=stage, accumulate=2, module={"lr": 1e-2, "eps": 1e-3, "optimizer": optimizer})
     module, curves, saves = Noisy(None, **run["module"]), Curves(), Checkpoints(every_n_steps=every, keep_last=9)
     options = {"default_root_dir": folder, "enable_checkpointing": True}
     trainer = trainer_of(run, RoutingBias(), curves, *callbacks, saves, **options)
@@ -62,16 +67,17 @@ def attempt(folder: Path, stage: int, *callbacks: Callback, seed: int, every: in
     }
 
 
-def resume(folder: str, stages: str) -> dict[str, list[dict[str, Any]]]:
+def resume(folder: str) -> dict[str, list[dict[str, Any]]]:
     """Run straight, and stopped by a signal to rank 1 in the third step, then on with another seed."""
     results = {}
-    for stage in map(int, stages):
-        at = Path(folder) / f"zero{stage}"
+    for name in NAMES:
+        stage, optimizer = name.split()
+        at = Path(folder) / name
         kill = On(1, 4, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-        straight = attempt(at / "straight", stage, seed=10)
-        stopped = attempt(at / "parts", stage, kill, Preemption(), seed=10)
-        resumed = attempt(at / "parts", stage, seed=20)
-        results[str(stage)] = [straight, stopped, resumed]
+        straight = attempt(at / "straight", int(stage), seed=10, optimizer=optimizer)
+        stopped = attempt(at / "parts", int(stage), kill, Preemption(), seed=10, optimizer=optimizer)
+        resumed = attempt(at / "parts", int(stage), seed=20, optimizer=optimizer)
+        results[name] = [straight, stopped, resumed]
     return results
 
 
@@ -108,4 +114,4 @@ def faults(folder: str) -> dict[str, Any]:
 
 def main(folder: str) -> dict[str, Any]:
     """All of it."""
-    return {"resume": resume(folder, "123"), **faults(folder)}
+    return {"resume": resume(folder), **faults(folder)}
