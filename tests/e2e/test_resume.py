@@ -21,30 +21,30 @@ LONG = 6.0
 
 
 def _killed(folder: Path) -> Run:
-    run = Run(folder, config(), "killed")
+    run = Run(folder, config(), "killed", warm=True)
     for place in ("saved 3", "micro_batch 9", "validation 8", "save 9"):
         run.attempt(f"SIGKILL {place}", status=-9, sleep=LONG)
     return run.attempt(sleep=LONG)
 
 
 def _stopped(folder: Path) -> Run:
-    run = Run(folder, config(), "stopped")
+    run = Run(folder, config(), "stopped", warm=True)
     for interrupt in ("SIGTERM micro_batch 9", "SIGTERM validation 8", "SIGINT save 9"):
         run.attempt(interrupt, status=3, sleep=LONG)
     return run.attempt(sleep=LONG)
 
 
 def _workers(folder: Path) -> Run:
-    return Run(folder, config(data__init_args__num_workers=2), "workers").attempt()
+    return Run(folder, config(data__init_args__num_workers=2), "workers", warm=True).attempt()
 
 
 def _masked(folder: Path) -> Run:
-    return Run(folder, config(data__init_args__mask_documents=True), "masked").attempt()
+    return Run(folder, config(data__init_args__mask_documents=True), "masked", warm=True).attempt()
 
 
 def _masked_killed(folder: Path) -> Run:
     settings = config(data__init_args__mask_documents=True, data__init_args__num_workers=1)
-    run = Run(folder, settings, "masked_killed")
+    run = Run(folder, settings, "masked_killed", warm=True)
     return run.attempt("SIGKILL micro_batch 15", status=-9).attempt("SIGTERM micro_batch 16", status=3).attempt()
 
 
