@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util import tensor_util  # type: ignore[import-untyped]
 
 from ds_lightning.training import checkpoint
-from tests.e2e.warm import ROOT, Ranks
+from tests.e2e.warm import ROOT as ROOT
+from tests.e2e.warm import Ranks
 
 NUM_STEPS = 12
 ACCUMULATE = 2
@@ -161,11 +162,11 @@ class Run:
         if self.warm:
             ranks = Ranks(self.folder, self.command(), self.settings["trainer"]["devices"], **environment)
             ended, out, err = max(ranks.wait(300), key=abs), ranks.said("out"), ranks.said("err")
+            began, seconds = ranks.began, ranks.ended - ranks.began
         else:
             process = start(self.folder, *self.command(), **environment)
             out, err = process.communicate(timeout=300)
-            ended = process.returncode
-        seconds = time.monotonic() - began
+            ended, seconds = process.returncode, time.monotonic() - began
         alive = float(killed.read_text()) - began if ended == -signal.SIGKILL else seconds
         self.attempts.append(Attempt(ended, seconds, alive, out, err))
         assert ended == status, f"status {ended}, expected {status}:\n{err[-3000:]}"

@@ -31,6 +31,8 @@ class Ranks:
     """
 
     def __init__(self, folder: Path, arguments: list[str], ranks: int = 1, **environment: str) -> None:
+        self.began = self.ended = 0.0
+        """When the first was about to start and the last had ended, on the clock of the machine."""
         self._files = folder / f"attempt-{time.monotonic_ns()}"
         self._files.mkdir()
         with socket.socket() as server:
@@ -50,10 +52,11 @@ class Ranks:
     def statuses(self) -> list[int] | None:
         """Return how each rank ended, a signal as a negative number; none: some still run."""
         try:
-            ended: list[int] = json.loads((self._files / "statuses").read_text(encoding="ascii"))
+            statuses: list[int]
+            statuses, self.began, self.ended = json.loads((self._files / "statuses").read_text(encoding="ascii"))
         except FileNotFoundError:
             return None
-        return ended
+        return statuses
 
     def wait(self, timeout: float) -> list[int]:
         """Return how each rank ended, once all have.
@@ -62,11 +65,11 @@ class Ranks:
             subprocess.TimeoutExpired: If they take longer than so many seconds.
         """
         deadline = time.monotonic() + timeout
-        while (ended := self.statuses()) is None:
+        while (statuses := self.statuses()) is None:
             if time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(str(self._files), timeout)
             time.sleep(0.002)
-        return ended
+        return statuses
 
     def said(self, stream: str) -> str:
         """Return what all ranks wrote to ``out`` or ``err``."""
@@ -114,14 +117,14 @@ def _attempt(folder: str, arguments: list[str], environments: list[dict[str, str
     os.chdir(folder)
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{files}/{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    started = []
+    began, started = time.monotonic(), []
     for environment in environments:
         started.append(os.fork())
         if started[-1] == 0:
             os.environ.update(environment)
             _command(arguments)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
-    Path(files, "written").write_text(json.dumps(statuses), encoding="ascii")
+    Path(files, "written").write_text(json.dumps([statuses, began, time.monotonic()]), encoding="ascii")
     os.rename(f"{files}/written", f"{files}/statuses")
 
 
