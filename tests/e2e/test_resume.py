@@ -103,7 +103,7 @@ def test_the_export_holds_the_weights_of_the_last_checkpoint(runs: dict[str, Run
 @pytest.mark.parametrize("name", ["killed", "stopped"])
 def test_the_phases_sum_to_the_wall_clock_of_all_attempts(runs: dict[str, Run], name: str) -> None:
     run, ledger = runs[name], runs[name].ledger()
-    measured = [attempt.seconds for attempt in run.attempts]
+    measured = [attempt.alive for attempt in run.attempts]
     assert ledger["chain"] == "ok"
     assert len(ledger["attempt_seconds"]) == ledger["attempts"] == len(measured)
     booked = sum(phase["seconds"] for phase in ledger["phases"].values())
