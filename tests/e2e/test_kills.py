@@ -30,7 +30,7 @@ from tests.e2e.warm import Ranks
 SEED = 0
 SAVE_EVERY = 2  # optimizer steps
 VALIDATE_EVERY = 4
-PAUSE = 4.0
+PAUSE = 6.0
 """Seconds. What a kill leaves unbooked is a beat of the ledger, 0.05 s: an attempt must last for that to be 1%."""
 PATIENCE = 120.0
 """Seconds within which the ranks that are left have to notice, and end."""
@@ -212,9 +212,9 @@ def _soak(folder: Path, layout: str, num_kills: int) -> Killed:
     ],
 )
 def layouts(request: pytest.FixtureRequest, folder: Path) -> dict[str, Killed]:
-    """Runs that were killed, by layout; two at a time."""
+    """Runs that were killed, by layout; three at a time, since they sleep for half of it."""
     kills = KILLS[request.param]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         runs = pool.map(functools.partial(_soak, folder), kills, kills.values())
         killed = dict(zip(kills, runs, strict=True))
     print(f"seed {SEED}", HEAD, *(each.row(layout) for layout, each in killed.items()), sep="\n")

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+_EXITING = 0x4  # PF_EXITING, Linux's include/linux/sched.h
 
 
 class Ranks:
@@ -32,7 +33,7 @@ class Ranks:
 
     def __init__(self, folder: Path, arguments: list[str], ranks: int = 1, **environment: str) -> None:
         self.began = self.ended = 0.0
-        """When the first was about to start and the last had ended, on the clock of the machine."""
+        """When the first was about to start and the last made its exit, on the clock of the machine."""
         self._files = folder / f"attempt-{time.monotonic_ns()}"
         self._files.mkdir()
         with socket.socket() as server:
@@ -102,6 +103,7 @@ def _serve() -> None:
     from ds_lightning.training.shards import import_deepspeed
 
     import_deepspeed()
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # by way of torch._dynamo, with every engine
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how those end
     for line in sys.stdin:
@@ -123,9 +125,18 @@ def _attempt(folder: str, arguments: list[str], environments: list[dict[str, str
         if started[-1] == 0:
             os.environ.update(environment)
             _command(arguments)
+    while any(map(_runs, started)):
+        time.sleep(0.005)
+    ended = time.monotonic()
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
-    Path(files, "written").write_text(json.dumps([statuses, began, time.monotonic()]), encoding="ascii")
+    Path(files, "written").write_text(json.dumps([statuses, began, ended]), encoding="ascii")
     os.rename(f"{files}/written", f"{files}/statuses")
+
+
+def _runs(pid: int) -> bool:
+    """Tell whether a process still runs code of its own: the kernel takes 0.1 s and more to take it down after that."""
+    flags = int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[6])
+    return not flags & _EXITING
 
 
 def _command(arguments: list[str]) -> None:
