@@ -6,6 +6,7 @@ started as torchrun starts them.
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -145,15 +147,13 @@ def _command(arguments: list[str]) -> None:
 
     sys.argv = ["ds-lightning", *arguments]
     try:
-        run()
-    except SystemExit:
-        pass
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        atexit._run_exitfuncs()
+        with contextlib.suppress(SystemExit):
+            run()
+    finally:
+        if sys.exception() is not None:
+            traceback.print_exc()
+        atexit._run_exitfuncs()  # the last of them ends the process with the command's status, if it came to one
         os._exit(1)
-    atexit._run_exitfuncs()  # the last of them ends the process with the command's status
-    os._exit(1)
 
 
 if __name__ == "__main__":
