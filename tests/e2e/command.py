@@ -162,7 +162,7 @@ class Run:
         if self.warm:
             ranks = Ranks(self.folder, self.command(), self.settings["trainer"]["devices"], **environment)
             ended, out, err = max(ranks.wait(300), key=abs), ranks.said("out"), ranks.said("err")
-            began, seconds = ranks.began, ranks.ended - ranks.began
+            began, seconds = ranks.began, max(ranks.ended) - ranks.began
         else:
             process = start(self.folder, *self.command(), **environment)
             out, err = process.communicate(timeout=300)

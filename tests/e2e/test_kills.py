@@ -59,11 +59,11 @@ class Kill:
     """Ranks that were killed."""
     statuses: tuple[int, ...]
     alive: float
-    """Seconds from before the start until the last rank was killed, or had ended: nobody can book what comes then."""
+    """Seconds from before the start until rank 0, which keeps the ledger, was killed or made its exit."""
     left: float
-    """Seconds for which ranks that were not killed lived on."""
+    """Seconds for which ranks that were not killed lived on; after the death of rank 0 nobody can book them."""
     at_stake: float
-    """Seconds from the newest checkpoint, or from where this attempt began to work, until no rank was left."""
+    """Seconds from the newest checkpoint, or from where this attempt began to work, until rank 0 was gone."""
 
 
 @dataclass
@@ -96,13 +96,15 @@ class Killed:
         ledger = self.run.ledger()
         booked, whole = 3600 * ledger["device_hours"], sum(self.alive) * self.ranks
         cells = [layout, len(self.kills), *(phases[phase] for phase in PHASES), single, steps]
+        left = max(kill.left for kill in self.kills)
         cells += [f"{ledger['phases']['lost']['seconds']:.1f}", f"{booked:.1f} of {whole:.1f} ({booked / whole:.2%})"]
+        cells += [f"{left:.1f}" if self.ranks > 1 else ""]
         return "| " + " | ".join(map(str, cells)) + " |"
 
 
 HEAD = (
     "| layout | kills | training | validating | saving | exporting | of one rank | steps repeated | seconds lost "
-    "| device-seconds booked |\n" + "| --- " * 10 + "|"
+    "| device-seconds booked | seconds another rank lived on, at most |\n" + "| --- " * 11 + "|"
 )
 
 
@@ -148,13 +150,14 @@ def _kill(killed: Killed, draw: random.Random, phase: str, num_steps: int, lasts
         os.kill(told[rank][0].pid, signal.SIGKILL)
     at = time.monotonic()
     statuses = processes.wait(PATIENCE)
-    end = at if len(victims) == ranks else processes.ended
+    end = at if 0 in victims else processes.ended[0]
+    left = max((processes.ended[rank] - at for rank in range(ranks) if rank not in victims), default=0.0)
     working_from = next(moment.seconds for moment in told[0] if moment.phase in PHASES)
     written = [path.stat().st_mtime for path in (run.out / "checkpoints").glob(f"step-*/{checkpoint.MANIFEST}")]
     ago = time.time() - max(written, default=0.0) - (time.monotonic() - end)
     now = told[victims[0]][-1]
     at_stake = min(end - working_from, ago)
-    killed.kills.append(Kill(now.phase, now.step, victims, tuple(statuses), end - processes.began, end - at, at_stake))
+    killed.kills.append(Kill(now.phase, now.step, victims, tuple(statuses), end - processes.began, left, at_stake))
     killed.resumed_at.append(_newest(run))
 
 

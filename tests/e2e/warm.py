@@ -34,8 +34,8 @@ class Ranks:
     """
 
     def __init__(self, folder: Path, arguments: list[str], ranks: int = 1, **environment: str) -> None:
-        self.began = self.ended = 0.0
-        """When the first was about to start and the last made its exit, on the clock of the machine."""
+        self.began, self.ended = 0.0, list[float]()
+        """When the first was about to start and when each of them made its exit, on the clock of the machine."""
         self._files = folder / f"attempt-{time.monotonic_ns()}"
         self._files.mkdir()
         with socket.socket() as server:
@@ -127,11 +127,12 @@ def _attempt(folder: str, arguments: list[str], environments: list[dict[str, str
         if started[-1] == 0:
             os.environ.update(environment)
             _command(arguments)
-    while any(map(_runs, started)):
+    ended = dict.fromkeys(started, 0.0)
+    while not all(ended.values()):
         time.sleep(0.005)
-    ended = time.monotonic()
+        ended |= {pid: time.monotonic() for pid in started if not ended[pid] and not _runs(pid)}
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
-    Path(files, "written").write_text(json.dumps([statuses, began, ended]), encoding="ascii")
+    Path(files, "written").write_text(json.dumps([statuses, began, list(ended.values())]), encoding="ascii")
     os.rename(f"{files}/written", f"{files}/statuses")
 
 
