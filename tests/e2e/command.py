@@ -19,8 +19,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util import tensor_util  # type: ignore[import-untyped]
 
 from ds_lightning.training import checkpoint
+from tests.e2e.warm import ROOT as ROOT
+from tests.e2e.warm import Ranks
 
-ROOT = Path(__file__).parents[2]
 NUM_STEPS = 12
 ACCUMULATE = 2
 VALIDATE_EVERY = 4  # optimizer steps
@@ -135,6 +136,8 @@ class Run:
     folder: Path
     settings: dict[str, Any]
     name: str
+    warm: bool = False
+    """Whether attempts are forks of a process that has imported what they need."""
     attempts: list[Attempt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -148,17 +151,25 @@ class Run:
     def command(self) -> list[str]:
         return ["fit", "--config", f"{self.name}.yaml", "--out", self.name]
 
-    def attempt(self, interrupt: str | None = None, *, status: int = 0, sleep: float = 0.0) -> "Run":
+    def attempt(
+        self, interrupt: str | None = None, *, status: int = 0, sleep: float = 0.0, **environment: str
+    ) -> "Run":
         """Run the command to its end, and expect the exit status."""
-        environment = {"SLEEP": str(sleep)} | ({"INTERRUPT": interrupt} if interrupt else {})
+        environment |= {"SLEEP": str(sleep)} | ({"INTERRUPT": interrupt} if interrupt else {})
         killed = self.folder / f"{self.name}.interrupted"
+        environment["INTERRUPTED_AT"] = str(killed)
         began = time.monotonic()
-        process = start(self.folder, *self.command(), **environment, INTERRUPTED_AT=str(killed))
-        out, err = process.communicate(timeout=300)
-        seconds = time.monotonic() - began
-        alive = float(killed.read_text()) - began if process.returncode == -signal.SIGKILL else seconds
-        self.attempts.append(Attempt(process.returncode, seconds, alive, out, err))
-        assert process.returncode == status, f"status {process.returncode}, expected {status}:\n{err[-3000:]}"
+        if self.warm:
+            ranks = Ranks(self.folder, self.command(), self.settings["trainer"]["devices"], **environment)
+            ended, out, err = max(ranks.wait(300), key=abs), ranks.said("out"), ranks.said("err")
+            began, seconds = ranks.began, max(ranks.ended) - ranks.began
+        else:
+            process = start(self.folder, *self.command(), **environment)
+            out, err = process.communicate(timeout=300)
+            ended, seconds = process.returncode, time.monotonic() - began
+        alive = float(killed.read_text()) - began if ended == -signal.SIGKILL else seconds
+        self.attempts.append(Attempt(ended, seconds, alive, out, err))
+        assert ended == status, f"status {ended}, expected {status}:\n{err[-3000:]}"
         return self
 
     def checkpoints(self) -> list[str]:

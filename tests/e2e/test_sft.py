@@ -48,8 +48,8 @@ def _fine_tuning(**overrides: Any) -> dict[str, Any]:
 def test_fine_tuning_starts_from_weights_lowers_the_loss_and_resumes_bitwise(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus")
     _conversations(tmp_path / "answers.jsonl")
-    base = Run(tmp_path, config(), "base").attempt()
-    straight = Run(tmp_path, _fine_tuning(), "straight").attempt()
+    base = Run(tmp_path, config(), "base", warm=True).attempt()
+    straight = Run(tmp_path, _fine_tuning(), "straight", warm=True).attempt()
     losses = straight.logged()["train/loss"]
     assert min(losses) <= 1
     report = json.loads((straight.out / "report.json").read_text())["stages"][0]
@@ -60,7 +60,7 @@ def test_fine_tuning_starts_from_weights_lowers_the_loss_and_resumes_bitwise(tmp
     assert list(report["bits_per_byte"]) == ["model"]
     assert any((straight.exported()[name] != tensor).any() for name, tensor in base.exported().items())
 
-    killed = Run(tmp_path, _fine_tuning(), "killed")
+    killed = Run(tmp_path, _fine_tuning(), "killed", warm=True)
     killed.attempt("SIGKILL micro_batch 9", status=-9)
     (tmp_path / "base").rename(tmp_path / "moved")  # the checkpoint wins: the weights are not read again
     (tmp_path / "base/weights").mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_a_run_that_nothing_says_the_length_of_is_refused(tmp_path: Path) -> Non
     write_corpus(tmp_path / "corpus")
     settings = config()
     settings["model"]["init_args"].pop("total_tokens")
-    run = Run(tmp_path, settings, "endless").attempt(status=2)
+    run = Run(tmp_path, settings, "endless", warm=True).attempt(status=2)
     message = "model.init_args.total_tokens: missing, expected a value in the config or on the command line"
     assert run.attempts[-1].err == f"ds-lightning: {message}\n"
 
@@ -129,6 +129,6 @@ def test_what_cannot_work_is_one_line(tmp_path: Path, section: str, key: str, va
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt"\n')
     settings = _fine_tuning()
     settings[section]["init_args"][key] = value
-    run = Run(tmp_path, settings, "wrong").attempt(status=2)
+    run = Run(tmp_path, settings, "wrong", warm=True).attempt(status=2)
     assert run.attempts[-1].err.count("\n") == 1
     assert message in run.attempts[-1].err

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def straight(folder: Path) -> Run:
-    return Run(folder, config(), "straight").attempt()
+    return Run(folder, config(), "straight", warm=True).attempt()
 
 
 def _wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
