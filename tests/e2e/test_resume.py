@@ -29,7 +29,7 @@ def _killed(folder: Path) -> Run:
 
 
 def _stopped(folder: Path) -> Run:
-    run = Run(folder, config(), "stopped", warm=True)
+    run = Run(folder, config(), "stopped")
     for interrupt in ("SIGTERM micro_batch 9", "SIGTERM validation 8", "SIGINT save 9"):
         run.attempt(interrupt, status=3, sleep=LONG)
     return run.attempt(sleep=LONG)
