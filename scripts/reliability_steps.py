@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the model of the quickstart on random tokens, and write the seconds of its steps; scripts/reliability_cost calls it.
+"""Train the model of the quickstart on random tokens and write when its steps end, for scripts/reliability_cost.
 
 Alone it saves at fixed steps. As one of several ranks it saves nothing: of every four optimizer steps one has the
 agreement of ranks (was one told to stop, is a save due), one the filter of SkipSteps, and two have neither.
@@ -7,9 +7,9 @@ agreement of ranks (was one told to stop, is a save due), one the filter of Skip
 
 import argparse
 import json
+import logging
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ CALLS = 200
 
 
 def variant(step: int) -> str:
-    """Return what an optimizer step has, by its index; the order in a cycle of four turns, or logging would favour one."""
+    """Return what an optimizer step has, by its index; the order in a cycle changes, or logging would favour one."""
     return VARIANTS[(step + step // len(VARIANTS)) % len(VARIANTS)]
 
 
@@ -109,7 +109,8 @@ def main() -> None:
     watch = Stopwatch(every_n_steps=arguments.every) if alone else Stopwatch(every_n_seconds=3600)
     asks, filters = (Preemption(), SkipSteps()) if alone else (AsksInTurns(), FiltersInTurns())
     sections = read_sections([CONFIG])
-    seed_everything(0, verbose=False)
+    seed_everything(rank, verbose=False)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -123,23 +124,20 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(
-        module_of(sections["model"]["init_args"]), random_batches(sections["data"]["init_args"], arguments.steps, ranks)
-    )
+    batches = random_batches(sections["data"]["init_args"], arguments.steps, ranks)
+    trainer.fit(module_of(sections["model"]["init_args"]), batches)
+    figures = {"ends": watch.ends, "save_part": watch.seconds, "threads": torch.get_num_threads()}
+    if not alone:
+        figures |= {"call_seconds": asks.call_seconds, "variants": [*map(variant, range(arguments.steps))]}
     if rank == 0:
-        figures = {"ends": watch.ends, "save_part": watch.seconds, "threads": torch.get_num_threads()}
-        figures |= (
-            {} if alone else {"call_seconds": asks.call_seconds, "variants": [*map(variant, range(arguments.steps))]}
-        )
         arguments.figures.write_text(json.dumps(figures), encoding="utf-8")
 
 
 def module_of(settings: dict[str, Any]) -> PretrainModule:
     """Return the module that the config describes."""
+    shape = DeepSeekConfig.from_dict(settings["config"])
     schedule = WarmupStableDecay(**settings["lr_schedule"]["init_args"])
-    return PretrainModule(
-        **{**settings, "config": DeepSeekConfig.from_dict(settings["config"]), "lr_schedule": schedule}
-    )
+    return PretrainModule(**{**settings, "config": shape, "lr_schedule": schedule})
 
 
 def random_batches(settings: dict[str, Any], steps: int, ranks: int) -> DataLoader[Any]:
