@@ -54,8 +54,6 @@ class Stopwatch(Checkpoints):
 class AsksInTurns(Preemption):
     """Asks whether a rank was told to stop, and has Checkpoints ask for the time, in steps whose turn it is."""
 
-    call_seconds = 0.0
-
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         """Ask."""
         asks = variant(trainer.global_step - 1) == "agreement"
