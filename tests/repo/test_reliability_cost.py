@@ -25,7 +25,7 @@ def loaded(name: str) -> ModuleType:
     return module
 
 
-COST = loaded("reliability_cost")
+COST, STEPS = loaded("reliability_cost"), loaded("reliability_steps.py")
 
 
 def noted(cycles: int, seconds: dict[str, float]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_steps_are_compared_with_the_one_of_their_cycle_that_has_neither() -> No
 
 
 def test_every_cycle_has_each_kind_once_and_no_kind_keeps_its_place() -> None:
-    kinds = [loaded("reliability_steps.py").variant(step) for step in range(16)]
+    kinds = [STEPS.variant(step) for step in range(16)]
     assert all(sorted(kinds[start : start + 4]) == sorted(KINDS) for start in range(0, 16, 4))
     assert all(sorted(kinds[place::4]) == sorted(KINDS) for place in range(4))
 
