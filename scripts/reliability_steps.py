@@ -103,17 +103,17 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, required=True, help="file to write")
     arguments = parser.parse_args()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    alone = ranks == 1
-    watch = Stopwatch(every_n_steps=arguments.every) if alone else Stopwatch(every_n_seconds=3600)
-    asks, filters = (Preemption(), SkipSteps()) if alone else (AsksInTurns(), FiltersInTurns())
+    watch = Stopwatch(every_n_steps=arguments.every) if ranks == 1 else Stopwatch(every_n_seconds=3600)
+    asks, filters = (Preemption(), SkipSteps()) if ranks == 1 else (AsksInTurns(), FiltersInTurns())
     sections = read_sections([CONFIG])
     seed_everything(rank, verbose=False)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy="auto" if alone else "ddp",
+        strategy="auto" if ranks == 1 else "ddp",
         max_epochs=1,
+        use_distributed_sampler=False,
         gradient_clip_val=sections["trainer"]["gradient_clip_val"],
         log_every_n_steps=sections["trainer"]["log_every_n_steps"],
         callbacks=[Watchdog(), filters, RoutingBias(), CostLedger(), asks, watch],
@@ -125,7 +125,7 @@ def main() -> None:
     batches = random_batches(sections["data"]["init_args"], arguments.steps, ranks)
     trainer.fit(module_of(sections["model"]["init_args"]), batches)
     figures = {"ends": watch.ends, "save_part": watch.seconds, "threads": torch.get_num_threads()}
-    if not alone:
+    if ranks > 1:
         figures |= {"call_seconds": asks.call_seconds, "variants": [*map(variant, range(arguments.steps))]}
     if rank == 0:
         arguments.figures.write_text(json.dumps(figures), encoding="utf-8")
