@@ -8,6 +8,7 @@ import io
 import os
 import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -225,12 +226,14 @@ class Screen:
         """Read until the pattern appears; return what came before it and forget both."""
         until = time.monotonic() + 120
         while not (found := re.search(pattern, self.seen)):
-            assert time.monotonic() < until, self.seen
+            assert select.select([self.near], [], [], max(0.0, until - time.monotonic()))[0], self.seen
             self.seen += os.read(self.near, 4096).decode("utf-8", "replace")
         before, self.seen = self.seen[: found.start()], self.seen[found.end() :]
         return before
 
     def type(self, keys: str) -> None:
+        """Type as late as a person: Python misses a signal that comes between its prompt and its wait for keys."""
+        time.sleep(0.3)
         os.write(self.near, keys.encode())
 
 
