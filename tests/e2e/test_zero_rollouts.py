@@ -59,7 +59,8 @@ def test_a_run_ends_with_weights_and_figures_of_all_ranks(tmp_path: Path) -> Non
     assert load_hf(run.out / "weights").config.vocab_size == VOCAB_SIZE
     logged = run.logged()
     assert sorted(logged["reward"]) == sorted(logged["train/loss"])
-    assert len(logged["reward"]) == len(logged["val/pass_at_1"]) == 2
+    assert len(logged["reward"]) == 2
+    assert len(logged["val/pass_at_1"]) == 3, "on the way, and at the end"
     assert logged["frac_reward_zero_std"].keys() == logged["reward"].keys()
     assert run.ledger()["chain"] == "ok"
 

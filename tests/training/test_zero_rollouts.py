@@ -152,5 +152,5 @@ def test_fine_tuning_on_two_ranks_equals_one_process(ranks: list[Result], sft: P
             assert point["train/loss"] == pytest.approx(wanted["train/loss"], rel=1e-5)
             assert point["train/grad_norm"] == pytest.approx(wanted["train/grad_norm"], rel=1e-5)
         for name, weight in expected["weights"].items():
-            # A slope of 10, gradients of a norm of some 3, not clipped, and eight steps.
+            # A slope of 10, gradients of a norm of some 3, not clipped, and six steps.
             torch.testing.assert_close(rank["sft"]["weights"][name], weight, rtol=0, atol=3e-5, msg=name)

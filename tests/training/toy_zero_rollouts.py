@@ -68,7 +68,7 @@ def _told(record: Record) -> dict[str, Any]:
 
 
 def fine_tune(folder: str, strategy: str) -> dict[str, Any]:
-    """Train on the conversations in a folder once."""
+    """Train on the conversations in a folder four times."""
     torch.manual_seed(0)
     data = SFTDataModule(
         sources=[f"{folder}/a.jsonl"],
@@ -76,7 +76,7 @@ def fine_tune(folder: str, strategy: str) -> dict[str, Any]:
         tokenizer=f"{folder}/tokenizer.json",
         seq_len=64,
         batch_size=4,
-        epochs=1,
+        epochs=4,
         val_fraction=0.2,
     )
     curves = Curves()
