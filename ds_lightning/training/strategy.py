@@ -202,12 +202,24 @@ class ZeRO(DeepSpeedStrategy):
             self._initialize_deepspeed_train(self.lightning_module)
             shards.detach_failures(self.model)
             self._share_matrices()
+            self._tell_of_head(self.lightning_module)
             self._trained = self.model
         elif self._trained is not None and self._trained.module is self.lightning_module:
             self.model = self._trained
             self.model_to_device()
         else:
             self._initialize_deepspeed_inference(self.model)
+
+    def _tell_of_head(self, module: Any) -> None:
+        """Tell stage 3 that losses use the head's weight beside its module.
+
+        It would learn that in the first forward, too late for the order of weights that it notes there: without a
+        validation before it, as in a run that goes on, a later step would find another order and fail.
+        """
+        if self.stage == 3 and isinstance(getattr(module, "model", None), DeepSeek):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(module, module.model.lm_head.weight)
 
     def _share_matrices(self) -> None:
         """Tell Muon where in the flat tensors that it steps on the matrices are."""
