@@ -82,9 +82,7 @@ def test_a_killed_run_goes_on_with_one_device_and_says_so(folder: Path, straight
     ):
         run = Run(folder, {**killed.settings, "trainer": {**killed.settings["trainer"], **changes}}, "fewer")
         attempt = run.attempt(status=status).attempts[0]
-        said = [line for line in attempt.err.splitlines() if found in line]
-        assert said, attempt.err
-        assert len(set(said)) == 1, "what every rank refuses, every rank says"
+        assert len([line for line in attempt.err.splitlines() if found in line]) == 1, attempt.err
         assert status == 0 or attempt.err.count("ds-lightning: ") == 1, attempt.err
     assert attempt.started_from == 6
     logged, expected = run.logged(), straight[2].logged()
