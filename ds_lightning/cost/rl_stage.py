@@ -161,12 +161,12 @@ def _rollout_seconds(
     forward = forward_flops_per_token(config, length, include_mtp=False)
     passes = stage.longest_response / stage.tokens_per_pass
     prefilled = samples / stage.group_size * stage.prompt_tokens
-    run = prefilled + samples * stage.response_tokens  # a prompt once for all of its responses, in training too
+    computed = prefilled + samples * stage.response_tokens  # a prompt once for all of its responses, in training too
     return {
         "rollout": passes * pass_seconds + prefilled * forward / rate,
         "reward": stage.reward_seconds,
-        "logprob": stage.scoring_passes * run * forward / rate,
-        "train": run * train_flops_per_token(config, length, include_mtp=False) / rate,
+        "logprob": stage.scoring_passes * computed * forward / rate,
+        "train": computed * train_flops_per_token(config, length, include_mtp=False) / rate,
     }
 
 

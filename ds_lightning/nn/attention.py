@@ -79,15 +79,16 @@ class MLA(nn.Module):
             latents.append(torch.cat((latent, k_rope.squeeze(-2)), -1))
         k_rope = k_rope.expand(-1, -1, config.num_attention_heads, -1)
         if shared is not None:
-            return self._behind_prompts(q_nope, q_rope, k_nope, k_rope, value, shared)
-        out = causal_attention(
-            _by_head(q_nope, q_rope),
-            _by_head(k_nope, k_rope),
-            value.transpose(1, 2),
-            scale=self.scale,
-            segment_ids=segment_ids,
-        )
-        mixed: Tensor = self.o_proj(out.transpose(1, 2).flatten(-2))
+            out = self._behind_prompts(q_nope, q_rope, k_nope, k_rope, value, shared)
+        else:
+            out = causal_attention(
+                _by_head(q_nope, q_rope),
+                _by_head(k_nope, k_rope),
+                value.transpose(1, 2),
+                scale=self.scale,
+                segment_ids=segment_ids,
+            ).transpose(1, 2)
+        mixed: Tensor = self.o_proj(out.flatten(-2))
         return mixed
 
     def absorb(self) -> Absorbed:
@@ -143,7 +144,7 @@ class MLA(nn.Module):
 
     def _behind_prompts(
         self, q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor, shared: SharedPrompts
-    ) -> Float[Tensor, "1 tokens hidden"]:
+    ) -> Float[Tensor, "1 tokens heads v_dim"]:
         """Attend within prompts, and from completions to their prompts and themselves."""
         parts = [shared.split(part) for part in (q_nope, q_rope, k_nope, k_rope, value)]
         (query, key, prompt_value), (c_query, c_key, c_value) = (
@@ -154,9 +155,7 @@ class MLA(nn.Module):
         completions = prefix_attention(
             c_query, c_key, c_value, key, prompt_value, shared.prompt, shared.lengths, scale=self.scale
         )
-        out = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in (prompts, completions)])
-        mixed: Tensor = self.o_proj(out.flatten(-2).unsqueeze(0))
-        return mixed
+        return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in (prompts, completions)]).unsqueeze(0)
 
     def _queries(self, x: Float[Tensor, "... hidden"]) -> tuple[Tensor, Tensor]:
         """Return the content part [... heads nope] and the position part [... heads rope] of the queries."""

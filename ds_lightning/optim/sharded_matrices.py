@@ -18,6 +18,10 @@ class Stretch(NamedTuple):
     last: int
     at: int
 
+    def where(self, first: int, last: int) -> slice:
+        """Return where in the flat tensor some of these elements are."""
+        return slice(self.at + first - self.first, self.at + last - self.first)
+
 
 class Cut(NamedTuple):
     """How a parameter is cut into what ranks have of it.
@@ -94,17 +98,12 @@ def find_matrices(
         matrices = found[rows, columns]
         begin, end = -(-here.first // size) * size, here.last // size * size
         if begin < end:
-            matrices.whole.append(_slice(here, begin, end))
+            matrices.whole.append(here.where(begin, end))
         for first in range(0, cut.numel, size):
             if cut.rank_of(first) != cut.rank_of(first + size - 1):
                 begin, end = max(first, here.first), min(first + size, here.last)
-                matrices.shared.append((_slice(here, begin, end), begin - first) if begin < end else (slice(0, 0), 0))
+                matrices.shared.append((here.where(begin, end), begin - first) if begin < end else (slice(0, 0), 0))
     return dict(found)
-
-
-def _slice(here: Stretch, begin: int, end: int) -> slice:
-    """Return where in the flat tensor elements of a parameter are."""
-    return slice(here.at + begin - here.first, here.at + end - here.first)
 
 
 def gather(

@@ -75,15 +75,15 @@ def collate(completions: Sequence[Completion], totals: Totals, *, pad_id: int) -
         totals: What the loss of the optimizer step is divided by.
         pad_id: Token behind the end of a row.
     """
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(tuple(one.prompt) for one in completions))}
-    prompt = [numbers[tuple(one.prompt)] for one in completions]
-    first = [completions[prompt.index(number)] for number in range(len(numbers))]
-    tokens = [one.sample.tokens for one in completions]
+    first = dict[tuple[int, ...], Completion]()  # of each prompt
+    for one in completions:
+        first.setdefault(tuple(one.prompt), one)
+    numbers = {prompt: number for number, prompt in enumerate(first)}
     experience = Experience(
-        prompt_ids=_padded([torch.tensor(one.prompt) for one in first], pad_id),
-        prompt_lengths=torch.tensor([len(one.prompt) for one in first]),
-        prompt=torch.tensor(prompt),
-        completion_ids=_padded(tokens, pad_id),
+        prompt_ids=_padded([torch.tensor(prompt) for prompt in first], pad_id),
+        prompt_lengths=torch.tensor([len(prompt) for prompt in first]),
+        prompt=torch.tensor([numbers[tuple(one.prompt)] for one in completions]),
+        completion_ids=_padded([one.sample.tokens for one in completions], pad_id),
         mask=_padded([torch.full_like(one.sample.tokens, one.counts, dtype=torch.bool) for one in completions], 0),
         advantages=torch.tensor([completion.advantage for completion in completions]),
         rollout_logprobs=_padded([one.sample.logprobs for one in completions], 0),
@@ -93,9 +93,8 @@ def collate(completions: Sequence[Completion], totals: Totals, *, pad_id: int) -
         metrics={},
     )
     if completions[0].sample.routing is not None:
-        recorded = [one.routing() for one in completions]
-        experience["routing"] = _by_layer([own for _, own in recorded])
-        experience["prompt_routing"] = _by_layer([one.routing()[0] for one in first])
+        experience["routing"] = _by_layer([one.routing()[1] for one in completions])
+        experience["prompt_routing"] = _by_layer([one.routing()[0] for one in first.values()])
     return experience
 
 

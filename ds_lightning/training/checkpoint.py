@@ -170,8 +170,9 @@ def check_layout(path: Path, *, ranks: int, zero_stage: int) -> str:
     Raises:
         ValueError: If the one is sharded and the other is not: one line with what to do.
     """
-    before, now = _in_words(*layout(path)), _in_words(ranks, zero_stage)
-    if (layout(path)[1] > 0) != (zero_stage > 0):
+    ranks_before, stage_before = layout(path)
+    before, now = _in_words(ranks_before, stage_before), _in_words(ranks, zero_stage)
+    if (stage_before > 0) != (zero_stage > 0):
         raise ValueError(
             f"checkpoint {path} holds {before}, this run has {now}: go on with or without trainer.strategy "
             "ZeRO as it began, on any number of devices, or export it and start a run from its weights "

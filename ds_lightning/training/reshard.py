@@ -112,8 +112,7 @@ def _moves(old: Cut, new: Cut, rank: int) -> list[tuple[int, slice, slice]]:
     for source in range(old.rank_of(here.first), old.rank_of(here.last - 1) + 1):
         there = old.on(source)
         first, last = max(here.first, there.first), min(here.last, there.last)
-        to, come_from = (slice(at.at + first - at.first, at.at + last - at.first) for at in (here, there))
-        found.append((source, to, come_from))
+        found.append((source, here.where(first, last), there.where(first, last)))
     return found
 
 
@@ -161,12 +160,12 @@ def _load_frozen(engine: Any, written: list[dict[str, Any]], stage: int) -> None
     import deepspeed
 
     optimized = {name for group in engine._get_zero_param_shapes() for name in group}
+    sharded = engine.zero_optimization_stage() == 3
     for name, parameter in engine.module.named_parameters():
         if name in optimized:
             continue
         parts = [state["frozen_param_fragments" if stage == 3 else "module"][name].flatten() for state in written]
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        sharded = engine.zero_optimization_stage() == 3
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
             parameter.copy_(torch.cat(parts)[: shape.numel()].view(shape))
 

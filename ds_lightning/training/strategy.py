@@ -202,7 +202,7 @@ class ZeRO(DeepSpeedStrategy):
             self._initialize_deepspeed_train(self.lightning_module)
             shards.detach_failures(self.model)
             self._share_matrices()
-            self._tell_of_head(self.lightning_module)
+            self._register_head(self.lightning_module)
             self._trained = self.model
         elif self._trained is not None and self._trained.module is self.lightning_module:
             self.model = self._trained
@@ -210,7 +210,7 @@ class ZeRO(DeepSpeedStrategy):
         else:
             self._initialize_deepspeed_inference(self.model)
 
-    def _tell_of_head(self, module: Any) -> None:
+    def _register_head(self, module: Any) -> None:
         """Tell stage 3 that losses use the head's weight beside its module.
 
         It would learn that in the first forward, too late for the order of weights that it notes there: without a
