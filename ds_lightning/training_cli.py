@@ -33,7 +33,7 @@ from ds_lightning.stage_figures import stage_figures
 from ds_lightning.summary import REPORT, read_report, summary_table, write_report
 from ds_lightning.training import checkpoint
 from ds_lightning.training.export import build_model, load_weights
-from ds_lightning.training.failure import started_by_lightning
+from ds_lightning.training.failure import refused_once, started_by_lightning
 from ds_lightning.training.run_folder import check_run_folder, read_config, value_at, write_config
 from ds_lightning.training.strategy import zero_stage
 from ds_lightning.user_errors import one_line, writing
@@ -243,7 +243,7 @@ class TrainingCLI(LightningCLI):
         return super()._instantiate_trainer(config, extra)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with writing(self._options.out):
+        with writing(self._options.out), refused_once(self.trainer):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -26,20 +28,40 @@ def fail_together(trainer: Trainer, message: str, kind: type[Exception] = RunFai
     """
     if trainer.is_global_zero:
         raise kind(message)
-    wait_for_launcher(trainer, _PATIENCE_SECONDS)
+    wait_for_launcher(trainer)
     raise SystemExit(1)
 
 
-def wait_for_launcher(trainer: Trainer, seconds: float) -> None:
-    """Let rank 0 end first where it has started this process.
+@contextmanager
+def refused_once(trainer: Trainer) -> Iterator[None]:
+    """Leave it to rank 0 to say what every rank refuses, such as a batch that the ranks cannot share.
+
+    Args:
+        trainer: Of the run.
+
+    Raises:
+        ValueError: What was raised meanwhile, unless rank 0 has ended too.
+        SystemExit: With status 2, if it has.
+    """
+    try:
+        yield
+    except ValueError:
+        if wait_for_launcher(trainer):
+            raise SystemExit(2) from None
+        raise
+
+
+def wait_for_launcher(trainer: Trainer, seconds: float = _PATIENCE_SECONDS) -> bool:
+    """Let rank 0 end first where it has started this process, and tell whether it has.
 
     Lightning's launcher kills it, maybe before its last words, when it sees another rank fail first.
     """
     if not started_by_lightning(trainer):
-        return
+        return False
     parent, deadline = os.getppid(), time.monotonic() + seconds
     while os.getppid() == parent and time.monotonic() < deadline:
         time.sleep(0.05)
+    return os.getppid() != parent
 
 
 def started_by_lightning(trainer: Trainer) -> bool:
