@@ -13,7 +13,7 @@ from ds_lightning.config import DeepSeekConfig
 from ds_lightning.generation import rollout_gap
 from ds_lightning.losses.policy import VARIANTS, Totals
 from ds_lightning.models import DeepSeek
-from ds_lightning.nn.shared_prompts import SharedPrompts
+from ds_lightning.ops.shared_prompts import SharedPrompts
 from ds_lightning.ops.token_logprobs import token_logprobs
 from ds_lightning.ops.topk_gate import Gate
 from ds_lightning.optim import Schedule
@@ -260,17 +260,19 @@ class GRPOModule(DeepSeekModule):
         return moved
 
     def _sampler_gap(self, sampler: DeepSeek, micro: Experience) -> dict[str, float]:
-        """Compare some completions of every rank with the training forward where it chooses experts itself."""
-        some = micro.copy()
+        """Compare answers to some prompts, on every rank, with the training forward where it chooses experts itself."""
+        some, rows = micro.copy(), micro["prompt"].argsort(stable=True)[:GAP_ROWS]
         for name in ("prompt", "completion_ids", "mask", "rollout_logprobs"):
-            some[name] = some[name][:GAP_ROWS]
+            some[name] = some[name][rows]
+        prompts, some["prompt"] = some["prompt"].unique(return_inverse=True)
+        some["prompt_ids"], some["prompt_lengths"] = some["prompt_ids"][prompts], some["prompt_lengths"][prompts]
         gates = list[Gate]()
         logprobs, _ = self.logprobs(sampler, self._on_device(some), replay=False, gates=gates)
         recorded, chosen = None, None
         if "routing" in micro:
-            recorded = micro["routing"][:, :GAP_ROWS]
-            prompts = micro["prompt_ids"].numel()
-            chosen = torch.stack([gate.indices[prompts:].view(recorded.shape[1:]) for gate in gates])
+            recorded = micro["routing"][:, rows]
+            of_prompts = some["prompt_ids"].numel()
+            chosen = torch.stack([gate.indices[of_prompts:].view(recorded.shape[1:]) for gate in gates])
             chosen = chosen.to("cpu", recorded.dtype)
         gap = rollout_gap(some["rollout_logprobs"], logprobs.cpu(), some["mask"], recorded, chosen)
         figures = {
