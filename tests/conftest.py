@@ -58,7 +58,7 @@ def _process_state() -> dict[str, Any]:
     Not what libraries set and never reset: timers of pytest, seeds of Lightning, torch's watch over its readers.
     """
     signals = signal.valid_signals() - {signal.SIGALRM, signal.SIGCHLD}
-    others = ("PYTEST_", "PL_", "TORCHINDUCTOR_")
+    others = ("PYTEST_", "PL_", "TORCHINDUCTOR_", "PYTORCH_NVML_BASED_CUDA_CHECK")
     return {
         **{f"signal {number}": signal.getsignal(number) for number in signals},
         **{f"${name}": value for name, value in os.environ.items() if not name.startswith(others)},

@@ -173,6 +173,7 @@ def _closed_form_gb(run: RunConfig, device: str, devices: int) -> float:
         seq_len=run.seq_len,
         mixed=run.mixed(device),
         optimizer=run["model.init_args.optimizer"],
+        on_cpu=device == "cpu",
     )
     return memory.total / 1e9
 

@@ -108,6 +108,7 @@ def _sized(run: RunConfig, layout: Layout, hardware: Hardware, micro_rows: int |
         seq_len=run.seq_len,
         mixed=run.mixed(hardware.device),
         optimizer=run["model.init_args.optimizer"],
+        on_cpu=hardware.device == "cpu",
     )
     micro_batches = max(1, round(run.batch_size / (layout.data_parallel * micro_rows)))
     return Fit(layout=layout, memory=memory, micro_rows=micro_rows, micro_batches=micro_batches)

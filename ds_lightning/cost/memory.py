@@ -91,7 +91,14 @@ def adamw_only_params(config: DeepSeekConfig) -> int:
 
 
 def memory_per_device(
-    config: DeepSeekConfig, layout: Layout, *, micro_rows: int, seq_len: int, mixed: bool, optimizer: str
+    config: DeepSeekConfig,
+    layout: Layout,
+    *,
+    micro_rows: int,
+    seq_len: int,
+    mixed: bool,
+    optimizer: str,
+    on_cpu: bool = False,
 ) -> Memory:
     """Return the bytes of one device in training.
 
@@ -102,6 +109,7 @@ def memory_per_device(
         seq_len: Tokens a row.
         mixed: Products in 16 bits over fp32 weights; otherwise all in fp32.
         optimizer: ``adamw`` or ``muon``.
+        on_cpu: Whether the device is a CPU.
     """
     total, routed = trained_params(config), routed_params(config)
     pipeline, stage = layout.pipeline_parallel, layout.zero_stage
@@ -127,14 +135,18 @@ def memory_per_device(
         weights=weights,
         gradients=gradients,
         optimizer=0.0 if layout.offload else kept,
-        activations=activation_bytes(config, tokens, mixed=mixed, recompute=layout.recompute),
-        workspace=max(_logit_bytes(config, tokens, width), _expert_workspace(config, layout, tokens, width)) + gathered,
+        activations=activation_bytes(config, tokens, mixed=mixed, recompute=layout.recompute, on_cpu=on_cpu),
+        workspace=max(
+            _logit_bytes(config, tokens, width),
+            _expert_workspace(config, layout, tokens, width, kernels=on_cpu and not mixed),
+        )
+        + gathered,
         host=kept if layout.offload else 0.0,
     )
 
 
 def activation_bytes(
-    config: DeepSeekConfig, tokens: int, *, mixed: bool, recompute: bool, padded_value: bool = True
+    config: DeepSeekConfig, tokens: int, *, mixed: bool, recompute: bool, on_cpu: bool = False
 ) -> float:
     """Return the bytes that the backward pass of one micro-batch reads, weights and their copies aside.
 
@@ -146,44 +158,53 @@ def activation_bytes(
         tokens: Tokens of the micro-batch.
         mixed: Products in 16 bits.
         recompute: Keep only the inputs of blocks, and one block's tensors at a time.
-        padded_value: Count attention as on a GPU, where values are padded to the width of the keys and kept with the
-            output; a CPU keeps neither.
+        on_cpu: Count what the forms for a CPU keep, in fp32 its kernels. A GPU pads values to the width of the keys,
+            and keeps them with the output.
     """
     width, hidden = 2 if mixed else 4, config.hidden_size
-    blocks = [block_bytes(config, layer, tokens, width=width, padded_value=padded_value) for layer in _layers(config)]
+    blocks = [block_bytes(config, layer, tokens, width=width, on_cpu=on_cpu) for layer in _layers(config)]
     depth = config.num_nextn_predict_layers
     kept = sum(blocks)
     if recompute:
         kept = len(blocks) * 4.0 * tokens * hidden + max(blocks)
     ends = (1 + depth) * (_norm(hidden) + 2 * width * hidden)  # last norm; hidden state and its gradient
     prediction = depth * (2 * _norm(hidden) + 2 * width * hidden)  # two norms, and both side by side
+    if on_cpu and not mixed:
+        prediction -= depth * 4 * hidden  # what comes into the second norm is a hidden state that is kept anyway
     head_gradients = (1 + depth) * 4.0 * config.vocab_size * hidden
     return kept + tokens * (ends + prediction + 8) + head_gradients
 
 
-def block_bytes(config: DeepSeekConfig, layer: int, tokens: int, *, width: int, padded_value: bool = True) -> float:
+def block_bytes(config: DeepSeekConfig, layer: int, tokens: int, *, width: int, on_cpu: bool = False) -> float:
     """Return the bytes that the backward pass of one block reads."""
     hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
     token = 2 * (_norm(hidden) + width * hidden)  # both norms with their outputs
     token += _norm(config.kv_lora_rank) + width * config.kv_lora_rank
     if rank is not None:
         token += _norm(rank) + width * rank
-    token += 2 * width * heads * config.qk_head_dim  # queries and keys
-    if padded_value:
-        token += heads * (2 * width * max(config.qk_head_dim, config.v_head_dim) + 4)  # value, output, log-sum-exp
+    kernels = on_cpu and width == 4
+    if kernels:  # queries, keys and values as they were projected, the output, and a log-sum-exp
+        token -= 4 * config.kv_lora_rank  # norms keep what comes in, which the latent's shares with the rotary key
+        token += 4 * heads * (config.qk_head_dim + config.qk_nope_head_dim + 2 * config.v_head_dim + 1)
     else:
-        token += width * heads * config.v_head_dim
-    token += width * heads * config.v_head_dim  # input of the output projection
+        token += 2 * width * heads * config.qk_head_dim  # queries and keys
+        if on_cpu:
+            token += width * heads * config.v_head_dim
+        else:
+            token += heads * (2 * width * max(config.qk_head_dim, config.v_head_dim) + 4)  # value, output, log-sum-exp
+        token += width * heads * config.v_head_dim  # input of the output projection
     if width < 4:  # what is turned by position, in fp32; without a copy it keeps all that it is a part of
         token += 4 * config.qk_rope_head_dim * (heads + 1)
     else:
-        token += 4 * (heads * config.qk_head_dim + config.kv_lora_rank + config.qk_rope_head_dim)
+        token += 4 * (heads * config.qk_head_dim * (not kernels) + config.kv_lora_rank + config.qk_rope_head_dim)
     if not config.is_moe_layer(layer):
         return tokens * (token + 4.0 * width * config.intermediate_size)
     topk, ffn = config.num_experts_per_tok, config.moe_intermediate_size
     token += 4 * width * config.n_shared_experts * ffn
     token += 4 * config.n_routed_experts + 4 * hidden * (width < 4)  # affinities, fp32 input of the router
     token += topk * (8 + 8 + 4 + 4) + 4  # indices, places, gate values before and after their sum
+    if kernels:
+        return tokens * (token + topk * (8 + 8.0 * ffn))  # and the order of slots; gate and up outputs
     row = width * (hidden + 2 * ffn + 1) + 8
     return tokens * float(token) + _rows(config, tokens) * row
 
@@ -220,10 +241,12 @@ def _logit_bytes(config: DeepSeekConfig, tokens: int, width: int) -> float:
     return config.vocab_size * (chunk * (4.0 + 2 * width) + width * config.hidden_size)
 
 
-def _expert_workspace(config: DeepSeekConfig, layout: Layout, tokens: int, width: int) -> float:
+def _expert_workspace(config: DeepSeekConfig, layout: Layout, tokens: int, width: int, *, kernels: bool) -> float:
     """Gradients and recomputed tensors within the backward pass of one expert layer, and its weights' gradients."""
     if not config.num_moe_layers:
         return 3.0 * width * tokens * config.intermediate_size
     hidden, ffn = config.hidden_size, config.moe_intermediate_size
     experts = config.n_routed_experts / layout.expert_parallel
+    if kernels:  # an input's gradient, by slot and by token; the rest is of a few rows
+        return width * (tokens * (config.num_experts_per_tok + 1) * hidden + experts * 3.0 * hidden * ffn)
     return width * (_rows(config, tokens) * (2 * hidden + 7 * ffn) + experts * 3.0 * hidden * ffn)

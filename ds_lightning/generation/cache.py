@@ -34,12 +34,16 @@ class LatentCache:
 
     def seen(self) -> tuple[Float[Tensor, "layers rows seq latent"], Float[Tensor, "rows seq"]]:
         """Make room for one token more a row; return the cache with it, and the bias that hides what lies behind it."""
-        seq = self._reserve(self.longest + 1)
+        seq = self.make_room()
         positions = torch.arange(seq, device=self.lengths.device)
         hidden = positions > self.lengths[:, None]
         return self.latents[:, : len(self.lengths), :seq], torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(
             hidden, -torch.inf
         )
+
+    def make_room(self) -> int:
+        """Make room for one token more a row; return the positions that attention then reads."""
+        return self._reserve(self.longest + 1)
 
     def advance(self) -> None:
         """Count the token that every row has been given."""

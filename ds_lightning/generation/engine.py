@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ds_lightning.generation.cache import LatentCache
 from ds_lightning.generation.sampling import draw, mix, uniform
+from ds_lightning.generation.steps import steps_of
 from ds_lightning.models import DeepSeek
 from ds_lightning.ops.topk_gate import Gate
 
@@ -81,13 +82,11 @@ class Engine:
         self._width = min(request.max_batch, len(request.numbers))
         self._prefilled: dict[int, Prefilled] = {}
         self._stop = [torch.tensor(sequence, device=self._device) for sequence in request.stop]
-        self._blocks: list[Any] = list(model.layers)
-        self._absorbed = [block.self_attn.absorb() for block in self._blocks]
+        self._steps = steps_of(model)
         empty = torch.zeros(0, dtype=torch.long, device=self._device)
         longest = max((len(sequence) for sequence in request.stop), default=0)
         self._rows = Rows(empty, empty, empty, empty, empty.view(0, longest))
-        dtype = self._absorbed[0].key.dtype
-        self._cache = LatentCache(model.config, self._width, dtype, self._device)
+        self._cache = LatentCache(model.config, self._width, self._steps.dtype, self._device)
         self._keys = self._sample_keys()
 
     def run(self) -> Record:
@@ -127,18 +126,11 @@ class Engine:
 
     def _step(self) -> None:
         """Feed the newest token of every row, and choose the next."""
-        model, positions, gates = self.model, self._cache.lengths, list[Gate]()
-        caches, bias = self._cache.seen()
-        cos, sin = (table[positions] for table in model.rope_tables(self._cache.longest + 1, self._device))
-        x = model.embed_tokens(self._rows.token)
-        for block, cache, absorbed in zip(self._blocks, caches, self._absorbed, strict=True):
-            x, gate = block.decode(x, cos, sin, cache, positions, bias, absorbed)
-            gates += [] if gate is None else [gate]
+        logits, chosen = self._steps(self._rows.token, self._cache)
         self._cache.advance()
-        if self.request.record_routing and gates:
-            chosen = torch.stack([gate.indices for gate in gates], 1)  # [rows moe_layers topk]
-            self.record.routing.append((self._rows.sample, chosen.to(torch.int16)))
-        self._rows = self._choose(self._rows, model.logits(model.norm(x)))
+        if self.request.record_routing and chosen is not None:
+            self.record.routing.append((self._rows.sample, chosen))
+        self._rows = self._choose(self._rows, logits)
 
     def _prefill(self, prompts: list[int]) -> None:
         """Run the training forward over prompts, those of similar length together."""

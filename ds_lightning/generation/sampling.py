@@ -1,10 +1,17 @@
 """Random numbers that belong to a sample, and the choice of a token with them: pure functions of tensors."""
 
+import ctypes
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from ds_lightning.ops.compiled import compiled, in_fp32_on_cpu, threads_for
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+"""Also draws, where nothing is cut off."""
 
 
 class Drawn(NamedTuple):
@@ -47,6 +54,8 @@ def draw(
         top_k: Draw from this many likeliest tokens; 0: from all. Tokens as likely as the last of them are kept too.
         top_p: Draw from the likeliest tokens that together have this probability, after ``top_k``; 1: from all.
     """
+    if temperature > 0 and not top_k and top_p == 1 and in_fp32_on_cpu(logits) and (library := compiled(SOURCE)):
+        return _draw_from_all(library, logits.contiguous(), chance, temperature)
     logprobs, kept = distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
@@ -58,6 +67,15 @@ def draw(
         tokens = torch.searchsorted(summed, chance[:, None] * summed[:, -1:], right=True)
     chosen = logprobs.gather(-1, tokens)[:, 0]
     return Drawn(tokens[:, 0], chosen, chosen if kept is None else chosen - kept_mass(logprobs, kept))
+
+
+def _draw_from_all(library: ctypes.CDLL, logits: Tensor, chance: Tensor, temperature: float) -> Drawn:
+    rows, vocab = logits.shape
+    tokens, logprobs = torch.empty(rows, dtype=torch.long), torch.empty(rows)
+    sizes = ctypes.c_int64(rows), ctypes.c_int64(vocab), ctypes.c_float(temperature)
+    inputs, outputs = ([ctypes.c_void_p(x.data_ptr()) for x in pair] for pair in ((logits, chance), (tokens, logprobs)))
+    library.draw(*inputs, *sizes, *outputs, threads_for(8 * logits.numel()))
+    return Drawn(tokens, logprobs, logprobs)
 
 
 def distribution(

@@ -12,8 +12,8 @@ from ds_lightning.nn.linear import Linear
 from ds_lightning.nn.mlp import MLP
 from ds_lightning.nn.moe import DeepSeekMoE
 from ds_lightning.nn.norm import RMSNorm
-from ds_lightning.nn.shared_prompts import SharedPrompts
 from ds_lightning.ops.rope import rope_tables
+from ds_lightning.ops.shared_prompts import SharedPrompts
 from ds_lightning.ops.topk_gate import Gate
 
 

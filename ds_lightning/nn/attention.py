@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from ds_lightning.config import DeepSeekConfig
 from ds_lightning.nn.linear import Linear
 from ds_lightning.nn.norm import RMSNorm
-from ds_lightning.nn.shared_prompts import SharedPrompts
-from ds_lightning.ops.attention import causal_attention
 from ds_lightning.ops.latent_attention import latent_attention
-from ds_lightning.ops.prefix_attention import prefix_attention
 from ds_lightning.ops.rope import apply_rope, yarn_temperature
+from ds_lightning.ops.rotary_attention import rotary_attention
+from ds_lightning.ops.shared_prompts import SharedPrompts
 
 
 class Absorbed(NamedTuple):
@@ -66,28 +65,15 @@ class MLA(nn.Module):
         its rotated key, [batch seq kv_rank+rope].
         """
         config = self.config
-        q_nope, q_rope = self._queries(x)
-
+        query = self._queries(x)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         latent = self.kv_a_layernorm(latent)
         key_value = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
-        k_nope, value = key_value.split((config.qk_nope_head_dim, config.v_head_dim), -1)
-
-        q_rope = apply_rope(q_rope, cos, sin)
-        k_rope = apply_rope(k_rope.unsqueeze(-2), cos, sin)
         if latents is not None:
-            latents.append(torch.cat((latent, k_rope.squeeze(-2)), -1))
-        k_rope = k_rope.expand(-1, -1, config.num_attention_heads, -1)
-        if shared is not None:
-            out = self._behind_prompts(q_nope, q_rope, k_nope, k_rope, value, shared)
-        else:
-            out = causal_attention(
-                _by_head(q_nope, q_rope),
-                _by_head(k_nope, k_rope),
-                value.transpose(1, 2),
-                scale=self.scale,
-                segment_ids=segment_ids,
-            ).transpose(1, 2)
+            latents.append(torch.cat((latent, apply_rope(k_rope.unsqueeze(-2), cos, sin).squeeze(-2)), -1))
+        out = rotary_attention(
+            query, key_value, k_rope, cos, sin, scale=self.scale, segment_ids=segment_ids, shared=shared
+        )
         mixed: Tensor = self.o_proj(out.flatten(-2))
         return mixed
 
@@ -129,7 +115,7 @@ class MLA(nn.Module):
             absorbed: From :meth:`absorb`.
         """
         config = self.config
-        q_nope, q_rope = self._queries(x)
+        q_nope, q_rope = self._queries(x).split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         rotary = torch.cat((q_rope, k_rope.unsqueeze(-2)), -2)  # [rows heads+1 rope]
         q_rope, k_rope = apply_rope(rotary[None], cos, sin)[0].split((config.num_attention_heads, 1), -2)
@@ -142,32 +128,9 @@ class MLA(nn.Module):
         out: Tensor = self.o_proj(torch.bmm(mixed.transpose(0, 1), absorbed.value).transpose(0, 1).flatten(-2))
         return out
 
-    def _behind_prompts(
-        self, q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor, shared: SharedPrompts
-    ) -> Float[Tensor, "1 tokens heads v_dim"]:
-        """Attend within prompts, and from completions to their prompts and themselves."""
-        parts = [shared.split(part) for part in (q_nope, q_rope, k_nope, k_rope, value)]
-        (query, key, prompt_value), (c_query, c_key, c_value) = (
-            (_by_head(part[0], part[1]), _by_head(part[2], part[3]), part[4].transpose(1, 2))
-            for part in zip(*parts, strict=True)
-        )
-        prompts = causal_attention(query, key, prompt_value, scale=self.scale)
-        completions = prefix_attention(
-            c_query, c_key, c_value, key, prompt_value, shared.prompt, shared.lengths, scale=self.scale
-        )
-        return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in (prompts, completions)]).unsqueeze(0)
-
-    def _queries(self, x: Float[Tensor, "... hidden"]) -> tuple[Tensor, Tensor]:
-        """Return the content part [... heads nope] and the position part [... heads rope] of the queries."""
+    def _queries(self, x: Float[Tensor, "... hidden"]) -> Float[Tensor, "... heads qk"]:
+        """Return the queries, content part before position part, not rotated."""
         config = self.config
         query = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
-        q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
-        return q_nope, q_rope
-
-
-def _by_head(
-    nope: Float[Tensor, "batch seq heads nope"], rope: Float[Tensor, "batch seq heads rope"]
-) -> Float[Tensor, "batch heads seq nope+rope"]:
-    """Return content and position parts side by side, a matrix a head."""
-    return torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), -1)
+        by_head: Tensor = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+        return by_head

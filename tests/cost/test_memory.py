@@ -67,17 +67,17 @@ def kept_bytes(config: DeepSeekConfig, rows: int, seq: int, *, mixed: bool, reco
 def test_activations_are_what_autograd_keeps(config: DeepSeekConfig, mixed: bool) -> None:
     """Within 3 percent: the alignment of experts' rows is a mean, and a few numbers a token are left out."""
     kept = kept_bytes(config, 4, 256, mixed=mixed, recompute=False)
-    predicted = activation_bytes(config, 4 * 256, mixed=mixed, recompute=False, padded_value=False)
+    predicted = activation_bytes(config, 4 * 256, mixed=mixed, recompute=False, on_cpu=True)
     assert predicted == pytest.approx(kept, rel=0.03)
 
 
 def test_recomputation_keeps_the_inputs_of_blocks_and_one_block() -> None:
     """Without the block that is made again in the backward pass, which the forward pass does not show."""
     kept = kept_bytes(SMALL, 4, 256, mixed=False, recompute=True)
-    predicted = activation_bytes(SMALL, 4 * 256, mixed=False, recompute=True, padded_value=False)
-    largest = max(block_bytes(SMALL, layer, 4 * 256, width=4, padded_value=False) for layer in range(4))
+    predicted = activation_bytes(SMALL, 4 * 256, mixed=False, recompute=True, on_cpu=True)
+    largest = max(block_bytes(SMALL, layer, 4 * 256, width=4, on_cpu=True) for layer in range(4))
     assert predicted - largest == pytest.approx(kept, rel=0.03)
-    assert predicted < 0.6 * activation_bytes(SMALL, 4 * 256, mixed=False, recompute=False, padded_value=False)
+    assert predicted < 0.6 * activation_bytes(SMALL, 4 * 256, mixed=False, recompute=False, on_cpu=True)
 
 
 def test_states_follow_the_formulas_of_zero() -> None:

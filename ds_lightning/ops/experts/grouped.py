@@ -19,14 +19,7 @@ def routed_experts(
     gate_up_proj: Float[Tensor, "experts two_ffn hidden"],
     down_proj: Float[Tensor, "experts hidden ffn"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """Return what :func:`reference.routed_experts` defines.
-
-    Rows are sorted by expert once; every product then runs over contiguous rows, and gate values enter before the
-    down projection, so that its output is summed as it is. An expert without tokens costs nothing.
-
-    Numerics: products run in the autocast dtype where autocast is on, else in the dtype of ``x``; sums over a token's
-    experts and all gradients of weights are rounded once. Deterministic.
-    """
+    """Return what the public function does, on any device and in any precision."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     with torch.autocast(x.device.type, enabled=False):
         out: Tensor = _RoutedExperts.apply(x.to(dtype), indices, weights, gate_up_proj, down_proj)  # type: ignore[no-untyped-call]
