@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
 
-from ds_lightning.cost import Ledger, find_price
+from ds_lightning.cost import Ledger, find_hardware, find_price
 from ds_lightning.cost.allocation import unbooked_allocation_ns
+from ds_lightning.cost.energy import EnergyMeter, nvml_meter
 from ds_lightning.cost.ledger_report import LEDGER_NAME
 from ds_lightning.cost.prices import Market
+
+log = logging.getLogger(__name__)
 
 _current: Ledger | None = None  # a process books its time once, whatever number of trainers it makes
 
@@ -25,7 +31,8 @@ class CostLedger(Callback):
     border between ``data`` and ``train`` is where Python was.
 
     Logged at optimizer steps: ``cost/usd``, ``cost/device_hours`` and ``cost/tokens_per_usd`` of all attempts together.
-    Rank zero writes for all devices; the ledger stays open until the process ends.
+    Rank zero writes for all devices; the ledger stays open until the process ends. Where ``pynvml`` is installed, the
+    energy of the GPUs of its machine is booked too, from the opening of the ledger on.
 
     Args:
         device: Device in the price list, such as ``h100``; ``cpu`` is a machine with two virtual cores a process.
@@ -69,8 +76,11 @@ class CostLedger(Callback):
             started = unbooked_allocation_ns(path) if self.from_allocation and _current is None else None
             if _current is not None:
                 _current.close()
+            self._check_device(trainer)
             devices = trainer.world_size
-            self.ledger = _current = Ledger.open(path, self.price, num_devices=devices, started_ns=started)
+            self.ledger = _current = Ledger.open(
+                path, self.price, num_devices=devices, started_ns=started, meter=_meter(trainer)
+            )
         self.ledger.enter("startup")
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -143,7 +153,25 @@ class CostLedger(Callback):
     def _enter(self, phase: str) -> str:
         return phase if self.ledger is None else self.ledger.enter(phase)
 
+    def _check_device(self, trainer: Trainer) -> None:
+        """Say that a run on a GPU is booked at the price of a processor, which nobody means."""
+        if isinstance(trainer.accelerator, CUDAAccelerator) and self.price.device == "cpu":
+            name = torch.cuda.get_device_name(trainer.device_ids[0])
+            known = find_hardware(name)
+            log.warning(
+                "cost.device is 'cpu', but the run is on %s, expected its name in the price list: --cost.device %s",
+                name,
+                known.device if known else "NAME --cost.usd_per_device_hour PRICE",
+            )
+
     def _rest(self) -> None:
         if self.ledger is not None and not self.ledger.closed:
             self.ledger.enter("idle")
             self.ledger.flush()
+
+
+def _meter(trainer: Trainer) -> EnergyMeter | None:
+    """Return a meter of the GPUs of this machine that the run holds; the other machines' are not read."""
+    if not isinstance(trainer.accelerator, CUDAAccelerator):
+        return None
+    return nvml_meter([str(torch.cuda.get_device_properties(index).uuid) for index in trainer.device_ids])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ds_lightning.generate_cli import MAX_NEW_TOKENS, Terminal, load, stop_tokens, write
 from ds_lightning.generation import Generator
+from ds_lightning.generation.device import Device
 from ds_lightning.rl.builtin_rewards import THINK
 from ds_lightning.rl.prompting import Prompter
 from ds_lightning.rl.tasks import Message
@@ -21,6 +22,7 @@ def chat(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    device: Device = "cpu",
 ) -> list[Message]:
     """Hold a conversation: a line of the input is a message, until the input ends or a line says ``exit``.
 
@@ -34,6 +36,7 @@ def chat(
         top_k: Draw from this many likeliest tokens; 0: from all.
         top_p: Draw from the likeliest tokens that together have this probability; 1: from all.
         seed: Of the random numbers.
+        device: Where the model runs.
 
     Returns:
         The turns, without those at the beginning that no longer fitted into the context.
@@ -43,7 +46,13 @@ def chat(
         KeyboardInterrupt: At the second Ctrl-C in a row.
     """
     conversation = Conversation(
-        model, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        model,
+        device=device,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
     )
     interrupted = False
     while True:
@@ -69,6 +78,7 @@ class Conversation:
 
     Args:
         folder: Of the model, as for :func:`chat`.
+        device: Where the model runs.
         max_new_tokens: Tokens of an answer at most; none: 256, or half of the context if that is less.
         sampling: ``temperature``, ``top_k``, ``top_p`` and ``seed`` of :meth:`Generator.generate`.
 
@@ -76,8 +86,10 @@ class Conversation:
         ValueError: As :func:`chat`.
     """
 
-    def __init__(self, folder: str, *, max_new_tokens: int | None = None, **sampling: float) -> None:
-        network, tokenizer = load(folder)
+    def __init__(
+        self, folder: str, *, device: Device = "cpu", max_new_tokens: int | None = None, **sampling: float
+    ) -> None:
+        network, tokenizer = load(folder, device)
         self.context = network.config.max_position_embeddings
         if max_new_tokens is not None and not 1 <= max_new_tokens < self.context:
             raise ValueError(

@@ -34,7 +34,7 @@ HELP = """usage: ds-lightning COMMAND [options]
   export     a run or checkpoint to Hugging Face layout: ds-lightning export RUN_DIR OUT_DIR
   import     a Hugging Face folder, checked and converted: ds-lightning import HF_DIR OUT_DIR
   generate   text from a model: ds-lightning generate --model HF_DIR --prompt 'Once upon a time', or --chat
-  bench      measure against a peer: ds-lightning bench generate, or bench grpo
+  bench      measure against a peer: ds-lightning bench generate, grpo or train
   ledger     verify what a run has cost, and add it up: ds-lightning ledger RUN_DIR
   report     a page to show around, of a run or of many: ds-lightning report RUN_DIR [RUN_DIR ...]
   plan       what a run will need and cost: ds-lightning plan --config FILE --device h100 --num_devices 8
@@ -88,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error) or "out of memory", status=FAILED)
     except RunFailedError as error:
         return _complain(str(error), status=FAILED)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which most commands do not load
+            raise
+        return _complain(f"{error}; fewer or shorter texts at a time need less", status=FAILED)
     except ValueError as error:
         meant = _ours(error)
         if meant is None:
@@ -236,13 +240,17 @@ def _generate(argv: list[str]) -> int:
 def _bench(argv: list[str]) -> int:
     from ds_lightning.bench.generate import bench_generate, generate_table
     from ds_lightning.bench.grpo import bench_grpo, grpo_table
+    from ds_lightning.bench.train import bench_train, train_table
 
     measurements: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
         "generate": (bench_generate, generate_table),
         "grpo": (bench_grpo, grpo_table),
+        "train": (bench_train, train_table),
     }
     if not argv or argv[0] not in measurements:
-        return _complain(f"bench: no measurement {argv[0] if argv else ''!r}, expected 'generate' or 'grpo'")
+        return _complain(
+            f"bench: no measurement {argv[0] if argv else ''!r}, expected one of {', '.join(measurements)}"
+        )
     measure, table = measurements[argv[0]]
     parser = _parser(f"bench {argv[0]}")
     parser.add_function_arguments(measure)

@@ -10,6 +10,7 @@ from tokenizers.decoders import DecodeStream
 
 from ds_lightning.data.tokenizer import END_OF_TEXT, load_tokenizer, special_id
 from ds_lightning.generation import Generator, Sample
+from ds_lightning.generation.device import Device, check_device
 from ds_lightning.models import DeepSeek
 from ds_lightning.models.hf import load_hf
 from ds_lightning.models.hf_config import read_json_object
@@ -26,6 +27,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     n: int = 1,
+    device: Device = "cpu",
     *,
     stream: bool = True,
 ) -> list[dict[str, Any]]:
@@ -40,21 +42,18 @@ def generate(
         top_p: Draw from the likeliest tokens that together have this probability; 1: from all.
         seed: Of the random numbers.
         n: Continuations; a single one is shown as it comes.
+        device: Where the model runs.
         stream: Write the text to the terminal.
 
     Returns:
         Text, tokens, log-probabilities and finish reason of each.
 
     Raises:
-        ValueError: If the folder does not exist, or the prompt is empty or leaves no room in the context.
+        ValueError: If folder or device does not exist, or the prompt is empty or leaves no room in the context.
     """
-    network, tokenizer = load(model)
-    ids = tokenizer.encode(prompt).ids
+    network, tokenizer = load(model, device)
     context = network.config.max_position_embeddings
-    if not 1 <= len(ids) < context:
-        raise ValueError(
-            f"prompt has {len(ids)} tokens, expected 1 to {context - 1} (max_position_embeddings {context} of {model})"
-        )
+    ids = _encoded(prompt, tokenizer, context, model)
     show = Terminal(tokenizer) if stream and n == 1 else None
     try:
         samples = Generator(network).generate(
@@ -79,17 +78,28 @@ def generate(
     return figures
 
 
-def load(folder: str) -> tuple[DeepSeek, Tokenizer]:
+def _encoded(prompt: str, tokenizer: Tokenizer, context: int, model: str) -> list[int]:
+    """Return the tokens of a prompt that leaves room for one more."""
+    ids: list[int] = tokenizer.encode(prompt).ids
+    if not 1 <= len(ids) < context:
+        raise ValueError(
+            f"prompt has {len(ids)} tokens, expected 1 to {context - 1} (max_position_embeddings {context} of {model})"
+        )
+    return ids
+
+
+def load(folder: str, device: Device = "cpu") -> tuple[DeepSeek, Tokenizer]:
     """Read model and tokenizer.
 
     Raises:
-        ValueError: If there is no such folder, or as :func:`load_hf` and :func:`load_tokenizer`.
+        ValueError: If there is no such folder or device, or as :func:`load_hf` and :func:`load_tokenizer`.
         FileNotFoundError: If the folder lacks a file.
     """
+    check_device(device)
     if not Path(folder).is_dir():
         raise ValueError(f"model is {folder!r}, expected a folder in Hugging Face layout")
     tokenizer = load_tokenizer(Path(folder) / "tokenizer.json")
-    return load_hf(folder), tokenizer
+    return load_hf(folder).to(device), tokenizer
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> list[int]:

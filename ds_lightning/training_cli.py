@@ -83,7 +83,10 @@ def run(argv: list[str]) -> int:
             raise ValueError(str(error).strip()) from None
         raise
     except torch.OutOfMemoryError as error:
-        raise MemoryError(f"{error}; a smaller micro-batch (trainer.accumulate_grad_batches) needs less") from None
+        raise MemoryError(
+            f"{error}; a smaller micro-batch (a larger trainer.accumulate_grad_batches) needs less, while answers are "
+            "sampled a smaller data.init_args.max_batch"
+        ) from None
 
 
 def _quieten() -> None:

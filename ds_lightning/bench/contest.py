@@ -1,6 +1,7 @@
 """What measurements against peers share: the model, the turns that sides take, and the table."""
 
 import importlib.util
+import time
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from rich.table import Table
 
 from ds_lightning.config import DeepSeekConfig
+from ds_lightning.generation.device import Device, check_device
 from ds_lightning.models import DeepSeek
 
 CONFIG = DeepSeekConfig(
@@ -38,16 +40,18 @@ BACKENDS = ("grouped_mm", "eager")
 OURS = "ds_lightning"
 
 
-def check_settings(peer: str, **counts: int) -> None:
+def check_settings(peer: str, device: Device, **counts: int) -> None:
     """Refuse what cannot be measured.
 
     Args:
         peer: Package of the other side.
+        device: Where both run.
         counts: Settings that must be 1 or more.
 
     Raises:
-        ValueError: If the peer is not installed or a count is below 1.
+        ValueError: If peer or device is not there, or a count is below 1.
     """
+    check_device(device)
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
@@ -75,11 +79,21 @@ def in_turns(contestants: Mapping[str, Callable[[], float]], repeats: int) -> di
     return seconds
 
 
-def figures(model: DeepSeek, seconds: Mapping[str, list[float]], amount: int, unit: str) -> dict[str, Any]:
+def now() -> float:
+    """Return the seconds on a clock, once a GPU has done all that it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def figures(
+    model: DeepSeek, device: Device, seconds: Mapping[str, list[float]], amount: int, unit: str
+) -> dict[str, Any]:
     """Return what was measured, ready for JSON.
 
     Args:
         model: What both sides ran.
+        device: Where.
         seconds: Of every side and round.
         amount: Units a round.
         unit: What is counted, in the plural.
@@ -87,6 +101,7 @@ def figures(model: DeepSeek, seconds: Mapping[str, list[float]], amount: int, un
     rates = {name: amount / median(times) for name, times in seconds.items()}
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "seconds": dict(seconds),
@@ -104,7 +119,8 @@ def contest_table(measured: Mapping[str, Any], what: str, settings: str, unit: s
         settings: A few words for the title.
         unit: What is counted, in the plural.
     """
-    run = f"fp32, {measured['threads']} threads, median of {measured['repeats']}"
+    where = f"{measured['threads']} threads" if measured["device"] == "cpu" else measured["device"]
+    run = f"{measured.get('precision', 'fp32')}, {where}, median of {measured['repeats']}"
     title = f"{measured['parameters']:,} parameters, {settings}, {run}"
     table = Table(title=title, title_justify="left")
     table.add_column(what)

@@ -3,7 +3,6 @@
 import logging
 import random
 import tempfile
-import time
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -15,8 +14,9 @@ from rich.table import Table
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ds_lightning.bench import reward
-from ds_lightning.bench.contest import BACKENDS, CONFIG, OURS, check_settings, contest_table, figures, in_turns
+from ds_lightning.bench.contest import BACKENDS, CONFIG, OURS, check_settings, contest_table, figures, in_turns, now
 from ds_lightning.data.tokenizer import END_OF_TEXT, PAD, SPECIAL_TOKENS
+from ds_lightning.generation.device import Device
 from ds_lightning.models import DeepSeek
 from ds_lightning.models.hf import save_hf
 from ds_lightning.rl.rewards import Reward
@@ -35,6 +35,7 @@ def bench_grpo(
     num_generations: int = 16,
     prompt_tokens: int = 32,
     completion_tokens: int = 48,
+    device: Device = "cpu",
 ) -> dict[str, Any]:
     """Measure both sides in turns, in fp32, from the same weights: steps that sample, score and train.
 
@@ -50,6 +51,7 @@ def bench_grpo(
         num_generations: Answers to each.
         prompt_tokens: Tokens of every prompt.
         completion_tokens: Tokens of every answer.
+        device: Where both sides run.
 
     Returns:
         Settings; seconds of every round, and samples a second by their median; the ratio to the best peer; how many
@@ -58,14 +60,9 @@ def bench_grpo(
     Raises:
         ValueError: If TRL is not installed, or an argument is out of range.
     """
-    settings = {
-        "steps": steps,
-        "prompts": prompts,
-        "num_generations": num_generations,
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-    }
-    check_settings("trl", repeats=repeats, **settings)
+    settings = {"steps": steps, "prompts": prompts, "num_generations": num_generations}
+    settings |= {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    check_settings("trl", device, repeats=repeats, **settings)
     if num_generations < 2:
         raise ValueError(f"num_generations is {num_generations}, expected at least 2: a group is its own baseline")
     context = CONFIG.max_position_embeddings
@@ -81,11 +78,11 @@ def bench_grpo(
         folder = Path(name) / "model"
         save_hf(model, folder)
         _tokenizer().save(str(folder / "tokenizer.json"))
-        sides: dict[str, _Side] = {OURS: _Ours(folder, texts, settings)}
-        sides |= {f"trl {backend}": _Theirs(folder, texts, settings, backend) for backend in BACKENDS}
+        sides: dict[str, _Side] = {OURS: _Ours(folder, texts, settings, device)}
+        sides |= {f"trl {backend}": _Theirs(folder, texts, settings, device, backend) for backend in BACKENDS}
         seconds = in_turns({name: side.train for name, side in sides.items()}, repeats)
     counts = {name: {"samples": side.samples, "sampled_tokens": side.tokens} for name, side in sides.items()}
-    measured = figures(model, seconds, steps * prompts * num_generations, "samples")
+    measured = figures(model, device, seconds, steps * prompts * num_generations, "samples")
     return {"repeats": repeats, **settings, **measured, "counts": counts}
 
 
@@ -128,8 +125,8 @@ def _tokenizer() -> Tokenizer:
 class _Side(ABC):
     """One side: trains from the same weights again and again, and counts what it trained on."""
 
-    def __init__(self, folder: Path, texts: _Digits, settings: dict[str, int]) -> None:
-        self.folder, self.texts, self.settings = folder, texts, settings
+    def __init__(self, folder: Path, texts: _Digits, settings: dict[str, int], device: Device) -> None:
+        self.folder, self.texts, self.settings, self.device = folder, texts, settings, device
         self.samples = self.tokens = 0
         self.ends: list[float] = []
 
@@ -168,7 +165,7 @@ class _Ours(_Side):
         )
         module = GRPOModule(CONFIG, weights=str(self.folder), lr=_LR, weight_decay=0.0)
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator=self.device,
             devices=1,
             max_epochs=1,
             gradient_clip_val=_CLIP,
@@ -190,13 +187,13 @@ class _Count(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.side.ends.append(time.perf_counter())
+        self.side.ends.append(now())
         self.side.count(len(batch["mask"]), int(batch["mask"].sum()))
 
 
 class _Theirs(_Side):
-    def __init__(self, folder: Path, texts: _Digits, settings: dict[str, int], backend: str) -> None:
-        super().__init__(folder, texts, settings)
+    def __init__(self, folder: Path, texts: _Digits, settings: dict[str, int], device: Device, backend: str) -> None:
+        super().__init__(folder, texts, settings, device)
         self.backend = backend
 
     def run(self) -> None:
@@ -208,7 +205,7 @@ class _Theirs(_Side):
         transformers.logging.disable_progress_bar()
         options = GRPOConfig(
             output_dir=str(self.folder.with_name("trl")),
-            use_cpu=True,
+            use_cpu=self.device == "cpu",
             bf16=False,
             gradient_checkpointing=False,
             max_steps=self.settings["steps"] + 1,
@@ -254,6 +251,6 @@ def _ends(side: _Side) -> Any:
 
     class Ends(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
         def on_step_end(self, *arguments: Any, **options: Any) -> None:
-            side.ends.append(time.perf_counter())
+            side.ends.append(now())
 
     return Ends()

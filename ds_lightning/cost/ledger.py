@@ -14,16 +14,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_lightning.cost.energy import SAMPLE_SECONDS, EnergyMeter
 from ds_lightning.cost.heartbeat import Heartbeat, process_start_ns, read_heartbeat
 from ds_lightning.cost.journal import Entry, Journal
 from ds_lightning.cost.prices import Price
 from ds_lightning.cost.records import (
+    ENERGY,
     PHASES,
-    REDONE,
     Book,
     Terms,
     Totals,
@@ -32,6 +32,7 @@ from ds_lightning.cost.records import (
     iter_ledger,
     to_seconds,
 )
+from ds_lightning.cost.running import Running, moved_back
 
 log = logging.getLogger(__name__)
 
@@ -46,26 +47,6 @@ _open_ledgers: set[Ledger] = set()
 _booked_until: tuple[int, int] | None = None  # process id, nanoseconds: a second ledger must not book them again
 
 
-@dataclass(frozen=True)
-class _Running:
-    """The state of the clock; replaced as a whole, so that an interrupt between two statements tears nothing."""
-
-    phase: str
-    since: int
-    unwritten: dict[str, int]
-
-    def at(self, now: int, phase: str | None = None) -> _Running:
-        """Book up to now and go on in a phase."""
-        unwritten = dict(self.unwritten)
-        unwritten[self.phase] = unwritten.get(self.phase, 0) + now - self.since
-        return _Running(phase or self.phase, now, unwritten)
-
-    def without(self, times: dict[str, int]) -> _Running:
-        """Drop what has been written."""
-        left = {phase: nanoseconds - times.get(phase, 0) for phase, nanoseconds in self.unwritten.items()}
-        return _Running(self.phase, self.since, left)
-
-
 class Ledger:
     """The open ledger of a run; made by :meth:`open`.
 
@@ -76,7 +57,14 @@ class Ledger:
     ``ledger.heartbeat``, which holds what was not yet appended and lets the next attempt book what a SIGKILL cut off.
     """
 
-    def __init__(self, journal: Journal, terms: Terms, clock: Callable[[], int], started_ns: int) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        terms: Terms,
+        clock: Callable[[], int],
+        started_ns: int,
+        meter: EnergyMeter | None = None,
+    ) -> None:
         """Take over a locked and verified file; use :meth:`open`."""
         self.path = journal.path
         self.attempt = journal.found.last_attempt + 1
@@ -84,7 +72,9 @@ class Ledger:
         self._journal = journal
         self._terms = terms
         self._clock = clock
-        self._running = _Running("startup", min(started_ns, clock()), {})
+        self._meter = meter
+        self._joules_written = 0.0
+        self._running = Running("startup", min(started_ns, clock()), {})
         self._book: Book = {terms: dict(times) for terms, times in journal.found.book.items()}
         self._queue: list[Entry] = []
         self._progress: dict[str, Any] = {}
@@ -110,6 +100,7 @@ class Ledger:
         clock: Callable[[], int] = time.monotonic_ns,
         started_ns: int | None = None,
         background: bool = True,
+        meter: EnergyMeter | None = None,
     ) -> Ledger:
         """Start an attempt in the phase ``startup``, in a new ledger or at the end of an existing one.
 
@@ -124,6 +115,7 @@ class Ledger:
             started_ns: Start of the attempt on that clock; none: the start of this process, or the end of the
                 ledger that this process closed last.
             background: Flush and beat from a thread. Without it only :meth:`flush` and :meth:`close` write.
+            meter: Measures the energy of the devices from now on; none: it is not booked.
 
         Raises:
             ValueError: If the file was tampered with or is in use, or ``num_devices`` is not positive.
@@ -135,7 +127,7 @@ class Ledger:
         journal = Journal(Path(path))
         try:
             begin = started_ns if started_ns is not None else _unbooked_since()
-            ledger = cls(journal, terms, clock, begin)
+            ledger = cls(journal, terms, clock, begin, meter)
             ledger._write("open", {"source": price.source})
         except BaseException:
             journal.close()
@@ -235,7 +227,7 @@ class Ledger:
             known = {Terms(**entry["terms"]): from_seconds(entry["seconds"]) for entry in state["book"]}
             moved = 0
             for terms in [*base, *(terms for terms in known if terms not in base)]:
-                times = _move(base.get(terms, {}), known.get(terms, {}))
+                times = moved_back(base.get(terms, {}), known.get(terms, {}))
                 if not times:
                     continue
                 moved += times.get("lost", 0)
@@ -303,11 +295,14 @@ class Ledger:
 
     def _write(self, event: str, extra: dict[str, Any]) -> None:
         """Append what is not yet written, as one record."""
+        self._measure()
         with self._state_lock:
             self._running = self._running.at(self._clock())
             times = {phase: nanoseconds for phase, nanoseconds in self._running.unwritten.items() if nanoseconds}
-        self._journal.append(Entry(event, self.attempt, self._terms, times, extra))
+            energy = self._unwritten_energy()
+        self._journal.append(Entry(event, self.attempt, self._terms, times, {**extra, **energy}))
         with self._state_lock:
+            self._joules_written += energy.get("joules", 0.0)
             book_into(self._book, self._terms, times)
             self._running, self._after = self._running.without(times), self._journal.last_hash
             self._beat()
@@ -318,7 +313,8 @@ class Ledger:
         if beat is not None and beat["after"] == found.last_hash:
             times, terms = from_seconds(beat["seconds"]), Terms(**beat["terms"])
             if any(times.values()):
-                self._journal.append(Entry("recovered", beat["attempt"], terms, times))
+                energy = {key: beat[key] for key in ENERGY if key in beat}
+                self._journal.append(Entry("recovered", beat["attempt"], terms, times, energy))
                 book_into(self._book, terms, times)
         if found.torn_bytes:
             log.warning("%s: removed an unfinished last line of %d bytes", self.path, found.torn_bytes)
@@ -338,8 +334,11 @@ class Ledger:
 
     def _keep(self) -> None:
         """Beat and flush until the ledger closes."""
-        flushed = time.monotonic()
+        flushed = measured = time.monotonic()
         while not self._stop.wait(_HEARTBEAT_SECONDS):
+            if time.monotonic() - measured >= SAMPLE_SECONDS:
+                self._measure()
+                measured = time.monotonic()
             age = time.monotonic() - flushed
             if age >= (_BOUNDARY_SECONDS if self._boundary else FLUSH_SECONDS):
                 self._boundary = False
@@ -358,19 +357,21 @@ class Ledger:
                     "process": f"process {os.getpid()} on {socket.gethostname()}",
                     "terms": self._terms.to_dict(),
                     "seconds": to_seconds(self._running.at(self._clock()).unwritten),
+                    **self._unwritten_energy(),
                 }
             )
 
+    def _measure(self) -> None:
+        """Read the meter; never under a lock, since a driver may take its time."""
+        if self._meter is not None:
+            self._meter.read()
 
-def _move(base: dict[str, int], known: dict[str, int]) -> dict[str, int]:
-    """Return the booking that takes the phases of redone work from ``base`` back to ``known``.
-
-    Seconds that the checkpoint knows but a power cut kept out of the file were spent all the same: they come back
-    from ``lost`` as far as there are any, and add to the wall-clock beyond that.
-    """
-    times = {phase: known.get(phase, 0) - base.get(phase, 0) for phase in REDONE}
-    times["lost"] = max(-sum(times.values()), -base.get("lost", 0))
-    return {phase: nanoseconds for phase, nanoseconds in times.items() if nanoseconds}
+    def _unwritten_energy(self) -> dict[str, float]:
+        """Return the keys of a record about energy."""
+        if self._meter is None:
+            return {}
+        joules = round(self._meter.joules - self._joules_written, 3)
+        return dict(zip(ENERGY, (joules, self._meter.num_devices), strict=True))
 
 
 def _unbooked_since() -> int:

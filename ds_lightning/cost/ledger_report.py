@@ -57,6 +57,7 @@ def _added(reports: list[dict[str, Any]]) -> dict[str, Any]:
         if rows:
             row = {key: sum(row[key] for row in rows) for key in ("seconds", "device_hours", "usd")}
             total["phases"][phase] = {**row, "share": row["device_hours"] / hours if hours else 0.0}
+    total["energy"] = {key: sum(report["energy"][key] for report in reports) for key in reports[0]["energy"]}
     total["terms"] = [term for report in reports for term in report["terms"]]
     return total
 
@@ -70,6 +71,7 @@ def _sums(path: Path) -> dict[str, Any]:
         times = from_seconds(beat["seconds"])
         unwritten = sum(times.values())
         book_into(ledger.book, Terms(**beat["terms"]), times)
+        ledger.add_energy(beat, times)
         attempt = beat["attempt"]
         ledger.attempt_nanoseconds[attempt] = ledger.attempt_nanoseconds.get(attempt, 0) + unwritten
     totals = ledger.totals
@@ -84,6 +86,7 @@ def _sums(path: Path) -> dict[str, Any]:
         "wall_seconds": totals.wall_seconds,
         "device_hours": totals.device_hours,
         "usd": totals.usd,
+        "energy": {"kwh": ledger.joules / 3.6e6, "metered_device_hours": ledger.metered_nanoseconds / 3.6e12},
         "phases": {
             phase: {
                 "seconds": totals.seconds[phase],
@@ -108,6 +111,8 @@ def ledger_table(report: dict[str, Any]) -> Table:
         caption += f"; an unfinished last line of {report['torn_bytes']} bytes is not counted"
     if report["unwritten_seconds"]:
         caption += f"; {report['unwritten_seconds']:.1f} s are in the heartbeat only"
+    if report.get("energy", {}).get("metered_device_hours"):  # a report.json of before has none
+        caption += f"; {energy_text(report)}"
     table = Table(title=report["ledger"], caption=caption)
     table.add_column("phase")
     for name in ("device-hours", "share", "usd"):
@@ -123,6 +128,14 @@ def ledger_table(report: dict[str, Any]) -> Table:
     table.add_section()
     table.add_row("total", figure(report["device_hours"]), "100.0%", figure(report["usd"]))
     return table
+
+
+def energy_text(report: dict[str, Any]) -> str:
+    """Return the energy of :func:`ledger_report` in a few words; where not all was measured, of how much it is."""
+    energy, hours = report["energy"], report["device_hours"]
+    metered = energy["metered_device_hours"]
+    of = "" if metered >= 0.995 * hours else f" in {figure(metered)} of {figure(hours)} device-hours"
+    return f"{figure(energy['kwh'])} kWh by the counters of the GPUs{of}"
 
 
 def figure(value: float) -> str:

@@ -124,6 +124,9 @@ def memory_per_device(
     # Lightning's DDP copies gradients into buckets of their own
     gradient = 8 if stage == 0 and layout.data_parallel > 1 else 4
     weights = sum((2 if mixed else 4) * count / (over if stage >= 3 else 1) for count, over in parts)
+    if mixed and not stage and layout.recompute:  # copies that autocast keeps of a forward, or one block's anew
+        block = max(_block_params(config, layer) for layer in _layers(config))
+        weights = 2.0 * max(total - routed, block) / pipeline
     gradients = sum(gradient * count / (over if stage >= 2 else 1) for count, over in parts)
     kept = sum(states * count / (over if stage >= 1 else 1) for count, over in parts)
     tokens = micro_rows * seq_len

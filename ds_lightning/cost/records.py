@@ -41,6 +41,9 @@ Not ``checkpoint``: writing the very checkpoint that a run goes back to ends aft
 EVENTS = ("open", "flush", "recovered", "repaired", "lost", "close")
 """Why a record was written."""
 
+ENERGY = ("joules", "metered_devices")
+"""Keys of a record whose time was measured: what so many of the devices took."""
+
 NO_HASH = "0" * 64
 """What stands before the first record."""
 
@@ -154,6 +157,10 @@ class LedgerFile:
     """Nanoseconds by terms and phase."""
     attempt_nanoseconds: dict[int, int] = field(default_factory=dict)
     """Wall-clock of each attempt."""
+    joules: float = 0.0
+    """Energy that was measured."""
+    metered_nanoseconds: int = 0
+    """Wall-clock times devices of which the energy was measured."""
 
     @property
     def totals(self) -> Totals:
@@ -171,6 +178,13 @@ class LedgerFile:
         book_into(self.book, self.last_terms, times)
         attempt = record["attempt"]
         self.attempt_nanoseconds[attempt] = self.attempt_nanoseconds.get(attempt, 0) + sum(times.values())
+        self.add_energy(record, times)
+
+    def add_energy(self, record: dict[str, Any], times: dict[str, int]) -> None:
+        """Book what was measured while the times of a record passed."""
+        joules, devices = (record.get(key, 0) for key in ENERGY)
+        self.joules += joules
+        self.metered_nanoseconds += devices * sum(times.values())
 
 
 def book_into(book: Book, terms: Terms, times: dict[str, int]) -> None:
@@ -286,6 +300,8 @@ def _check_values(record: dict[str, Any], seq: int, place: str, remedy: str) -> 
         found, expected = f"num_devices {devices!r}, attempt {record['attempt']!r}", "whole numbers of at least 1"
     elif not isinstance(usd, numbers) or not usd >= 0 or record["market"] not in get_args(Market):
         found, expected = f"price {usd!r} {record['market']!r}", "at least 0 on-demand or spot"
+    elif not all(isinstance(record.get(key, 0), numbers) and record.get(key, 0) >= 0 for key in ENERGY):
+        found, expected = " and ".join(f"{key} {record.get(key)!r}" for key in ENERGY), "numbers of at least 0"
     else:
         return
     raise ValueError(f"{place} has {found}, expected {expected}; {remedy}")

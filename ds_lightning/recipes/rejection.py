@@ -8,14 +8,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ds_lightning.cost import Ledger, find_price
+from ds_lightning.cost.energy import nvml_meter
 from ds_lightning.cost.ledger_report import LEDGER_NAME
 from ds_lightning.cost.run_config import first_difference
 from ds_lightning.generation import Generator, Sample
+from ds_lightning.generation.device import Device, check_device
 from ds_lightning.models.hf import load_hf
 from ds_lightning.rl.answers import score
 from ds_lightning.rl.builtin_rewards import THINK
@@ -84,7 +87,7 @@ class Rejection:
         workers: int = 2,
         limits: Limits | None = None,
         seed: int = 0,
-        device: Literal["cpu", "cuda"] = "cpu",
+        device: Device = "cpu",
     ) -> None:
         numbers = {"problems": problems, "n": n, "per_problem": per_problem, "chunk": chunk, "max_batch": max_batch}
         for name, value in {**numbers, "max_completion_length": max_completion_length}.items():
@@ -227,7 +230,10 @@ def run(argv: list[str]) -> int:
     folder = Path(options.folder)
     path = Path(options.ledger) if options.ledger else folder / LEDGER_NAME
     with writing(folder):
-        ledger = Ledger.open(path, find_price(**{"device": "cpu", **options.cost}), num_devices=options.num_devices)
+        check_device(options.device)
+        price = find_price(**{"device": "cpu", **options.cost})
+        meter = nvml_meter([str(torch.cuda.get_device_properties(0).uuid)]) if options.device == "cuda" else None
+        ledger = Ledger.open(path, price, num_devices=options.num_devices, meter=meter)
         try:
             _claim(folder, options.as_dict())
             made = parser.instantiate_classes(options).as_dict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ds_lightning.cost.ledger_report import energy_text
 from ds_lightning.report.charts import heatmap, stacked_bar
 from ds_lightning.report.results import (
     EQUAL_REWARDS,
@@ -185,6 +186,8 @@ def bill(run: RunData) -> str:
         f"{'; '.join(prices)}. {attempts} attempt{'s' if attempts != 1 else ''}; hash chain of "
         f"{run.ledger['records']:,} records: {run.ledger['chain']}."
     )
+    if run.ledger["energy"]["metered_device_hours"]:
+        note += f" {energy_text(run.ledger)}."
     return _section("The bill by phase", _table(["phase", ">device-hours", ">share", ">dollars"], rows, True), note)
 
 

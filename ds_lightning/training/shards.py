@@ -82,7 +82,10 @@ def detach_failures(engine: Any) -> None:
     The errors are kept for :func:`save` to raise. The scripts that DeepSpeed adds to a checkpoint are left out.
     """
     errors: list[OSError] = []
-    engine.checkpoint_engine.save = _noting(errors, lambda state_dict, path: write_tensors(state_dict, path))
+    stage = engine.zero_optimization_stage()
+    engine.checkpoint_engine.save = _noting(
+        errors, lambda state_dict, path: write_tensors(_with_stage(state_dict, stage), path)
+    )
     engine.checkpoint_engine.makedirs = _noting(errors, os.makedirs)
     engine._copy_recovery_script = lambda save_path: None
     engine.write_errors = errors
@@ -146,6 +149,14 @@ def whole_state(folder: Path) -> dict[str, Tensor]:
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it tells how it gets on
         state: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
     return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def _with_stage(state_dict: dict[str, Any], stage: int) -> dict[str, Any]:
+    """Name the stage in a rank's shard: DeepSpeed leaves it out at stage 1 with bfloat16 weights, and asks for it."""
+    shard = state_dict.get("optimizer_state_dict")
+    if shard is not None:
+        shard.setdefault("zero_stage", stage)
+    return state_dict
 
 
 def _noting(errors: list[OSError], function: Callable[..., None]) -> Callable[..., None]:

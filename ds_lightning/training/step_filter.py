@@ -47,9 +47,12 @@ class StepFilter:
         self.seen, self._loss = None, 0.0
 
     def observe(self, norm: Float[Tensor, ""]) -> Float[Tensor, " two"]:
-        """Return loss and norm, averaged over ranks, and keep them; all ranks must call it."""
-        loss = torch.as_tensor(self._loss, device=norm.device)
-        self.seen = self.mean(torch.stack([loss.double(), norm.double()]))
+        """Return loss and norm, averaged over ranks, and keep them; all ranks must call it.
+
+        They are where the loss is: a norm may come from the host's memory, to which the GPUs' communication has no way.
+        """
+        loss = torch.as_tensor(self._loss, device=getattr(self._loss, "device", norm.device))
+        self.seen = self.mean(torch.stack([loss.double(), norm.to(loss.device).double()]))
         return self.seen
 
     @torch.no_grad()
@@ -64,7 +67,7 @@ class StepFilter:
         seen = self.observe(norm)
         skip = ~seen.isfinite().all()
         if self.sigma is not None:
-            window, filled = self._window.to(norm.device), self._filled.to(norm.device)
+            window, filled = self._window.to(seen.device), self._filled.to(seen.device)
             deviation, mean = torch.std_mean(window, dim=1)
             spike = (seen > mean + self.sigma * deviation).any()
             skip = skip | (spike & (filled == window.shape[1]))

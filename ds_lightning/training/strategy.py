@@ -203,12 +203,14 @@ class ZeRO(DeepSpeedStrategy):
             shards.detach_failures(self.model)
             self._share_matrices()
             self._register_head(self.lightning_module)
+            self._move_rest(self.lightning_module)
             self._trained = self.model
         elif self._trained is not None and self._trained.module is self.lightning_module:
             self.model = self._trained
             self.model_to_device()
         else:
             self._initialize_deepspeed_inference(self.model)
+            self._move_rest(self.lightning_module)
 
     def _register_head(self, module: Any) -> None:
         """Tell stage 3 that losses use the head's weight beside its module.
@@ -220,6 +222,12 @@ class ZeRO(DeepSpeedStrategy):
             import deepspeed
 
             deepspeed.zero.register_external_parameter(module, module.model.lm_head.weight)
+
+    def _move_rest(self, module: nn.Module) -> None:
+        """Move what has no weights, such as metrics: stage 3 makes weights on the device, and moves nothing there."""
+        for child in module.children():
+            if next(child.parameters(), None) is None:
+                child.to(self.root_device)
 
     def _share_matrices(self) -> None:
         """Tell Muon where in the flat tensors that it steps on the matrices are."""

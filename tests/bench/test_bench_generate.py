@@ -41,4 +41,7 @@ def test_a_missing_peer_and_wrong_arguments_are_named(
         "ds-lightning: transformers is not installed, expected it as the peer: pip install 'ds-lightning[dev]'\n"
     )
     assert main(["bench", "nonesuch"]) == 2
-    assert capsys.readouterr().err == "ds-lightning: bench: no measurement 'nonesuch', expected 'generate' or 'grpo'\n"
+    assert (
+        capsys.readouterr().err
+        == "ds-lightning: bench: no measurement 'nonesuch', expected one of generate, grpo, train\n"
+    )

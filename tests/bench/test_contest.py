@@ -21,7 +21,7 @@ def test_the_side_that_begins_changes_and_the_first_round_is_left_out() -> None:
 def test_the_ratio_is_to_the_best_peer() -> None:
     model = torch.nn.Linear(3, 2)
     seconds = {"ds_lightning": [1.0, 2.0, 9.0], "peer x": [5.0, 4.0, 4.0], "peer y": [8.0, 8.0, 1.0]}
-    measured = figures(model, seconds, 400, "samples")  # type: ignore[arg-type]  # any module has parameters
+    measured = figures(model, "cpu", seconds, 400, "samples")  # type: ignore[arg-type]  # any module has parameters
     assert measured["samples_per_second"] == {"ds_lightning": 200, "peer x": 100, "peer y": 50}
     assert measured["ratio"] == 2
     assert measured["parameters"] == 8

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -75,6 +76,7 @@ def trainer(folder: Path, callbacks: list[Callback], max_steps: int = 4, **optio
 
 def mocks(folder: Path, **values: Any) -> tuple[Any, Any]:
     defaults = {"is_global_zero": True, "default_root_dir": str(folder), "world_size": 4, "global_step": 0}
+    defaults |= {"accelerator": None}
     return SimpleNamespace(**{**defaults, **values}), Logged()
 
 
@@ -148,6 +150,29 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     callback.teardown(run, module, "fit")
     assert callback.state_dict() == {}
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("NVIDIA H200", "--cost.device h200"), ("NVIDIA T1000", "--cost.device NAME --cost.usd_per_device_hour PRICE")],
+)
+def test_a_gpu_at_the_price_of_a_processor_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, remedy: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"uuid of {index}"))
+    asked = list[str]()
+    monkeypatch.setattr(cost_ledger, "nvml_meter", asked.extend)
+    on_gpu = {"accelerator": CUDAAccelerator(), "device_ids": [2, 3], "world_size": 2}
+    for device in ("cpu", "h200"):
+        callback = CostLedger(device)
+        callback.setup(*mocks(tmp_path / device, **on_gpu), "fit")
+        assert callback.ledger is not None
+        callback.ledger.close()
+    assert caplog.messages == [
+        f"cost.device is 'cpu', but the run is on {name}, expected its name in the price list: {remedy}"
+    ]
+    assert asked == ["uuid of 2", "uuid of 3"] * 2, "the devices of the run, not all that there are"
 
 
 def test_a_missing_price_is_refused_before_anything_runs() -> None:

@@ -133,6 +133,19 @@ def test_the_rule_is_that_of_a_loop_over_lists(seed: int, window: int) -> None:
     assert expected != decide(steps, 3.0, window)
 
 
+def test_what_is_averaged_over_ranks_is_where_the_loss_is() -> None:
+    devices = list[str]()
+
+    def mean(tensor: torch.Tensor) -> torch.Tensor:
+        devices.append(tensor.device.type)
+        return tensor
+
+    asked = StepFilter(4.0, 3, mean)
+    asked.add_loss(torch.zeros((), device="meta"))
+    assert asked(torch.tensor(1.0)).device.type == "meta", "where states are in the host's memory, so is the norm"
+    assert devices == ["meta"]
+
+
 def test_a_resumed_run_goes_on_with_the_window() -> None:
     steps = drawn(60, seed=9)
     steps[30] = (30.0, 3.0)

@@ -68,6 +68,15 @@ def test_what_the_system_says_is_one_line(
     assert (said.status, said.err) == (status, [f"ds-lightning: {line}"])
 
 
+def test_a_gpu_that_is_full_is_one_line(command: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(argv: list[str]) -> int:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(cli, "_generate", fail)
+    said = command("generate")
+    assert (said.status, said.err) == (1, ["ds-lightning: no room; fewer or shorter texts at a time need less"])
+
+
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
@@ -75,7 +84,7 @@ def test_what_the_system_says_is_one_line(
         (
             torch.OutOfMemoryError("no room"),
             1,
-            "no room; a smaller micro-batch (trainer.accumulate_grad_batches) needs l",
+            "no room; a smaller micro-batch (a larger trainer.accumulate_grad_batches) needs l",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,19 @@ def test_recomputation_keeps_the_inputs_of_blocks_and_one_block() -> None:
     largest = max(block_bytes(SMALL, layer, 4 * 256, width=4, on_cpu=True) for layer in range(4))
     assert predicted - largest == pytest.approx(kept, rel=0.03)
     assert predicted < 0.6 * activation_bytes(SMALL, 4 * 256, mixed=False, recompute=False, on_cpu=True)
+
+
+def test_with_recomputation_autocast_copies_the_weights_of_a_block_at_a_time() -> None:
+    settings: dict[str, Any] = {"micro_rows": 4, "seq_len": 256, "mixed": True, "optimizer": "adamw"}
+    kept, recomputed, sharded = (
+        memory_per_device(SMALL, Layout(num_devices=1, **layout), **settings).weights
+        for layout in ({}, {"recompute": True}, {"recompute": True, "zero_stage": 1})
+    )
+    total = trained_params(SMALL)
+    assert kept == sharded == 2 * total, "DeepSpeed trains weights of 16 bits"
+    # One block anew, or the forward's: all but the routed experts, whose copies live as long as their layer runs.
+    assert recomputed == 2 * (total - routed_params(SMALL))
+    assert recomputed < kept
 
 
 def test_states_follow_the_formulas_of_zero() -> None:

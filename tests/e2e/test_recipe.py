@@ -67,9 +67,16 @@ processes."""
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the recipe."""
     folder = tmp_path_factory.mktemp("recipe")
+    write_recipe(folder)
+    return folder
+
+
+def write_recipe(folder: Path, **settings: Any) -> None:
+    """Write the recipe, with more settings for all of its stages by key, ``__`` for the dots."""
     recipe = yaml.safe_load((RECIPES / "tiny.yaml").read_text(encoding="utf-8"))
     passed = recipe["set"]["trainer.callbacks"][0]["init_args"]
     passed |= {"problems": 8, "problems_on_the_way": 4, "max_new_tokens": 8}
+    recipe["set"] |= {key.replace("__", "."): value for key, value in settings.items()}
     for stage in recipe["stages"]:
         kind = Path(stage["fit"][0]).stem
         stage["fit"] = [str(RECIPES / name) for name in stage["fit"]]
@@ -78,7 +85,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             short = {"problems": 32, "n": 8, "keep": 0.0, "chunk": 8, "max_completion_length": 24}
             stage["sample"] = {**stage["sample"], **short}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe), encoding="ascii")
-    return folder
 
 
 @dataclass

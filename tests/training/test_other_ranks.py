@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ds_lightning.training import checkpoint
+from ds_lightning.training.shards import whole_state
 from tests.training.ranks import run_ranks
 from tests.training.toy_reshard import MODULE, READERS, STOP, WRITERS
 from tests.training.toy_zero import STEPS, settings, train
@@ -103,6 +104,15 @@ def test_fp32_weights_behind_bfloat16_ones_are_bitwise_too(
     expected = written["2 ranks 1 bf16-mixed"]["end"]
     assert [key for key, value in expected.items() if not torch.equal(result["start"][key], value)] == []
     assert len(result["points"]) == STEPS - STOP
+
+
+def test_the_shards_of_bfloat16_weights_make_up_the_fp32_ones(folder: Path, written: dict[str, Result]) -> None:
+    newest, _ = checkpoint.newest_valid(folder / "2 ranks 1 bf16-mixed" / "checkpoints")
+    assert newest is not None
+    state, expected = whole_state(newest / checkpoint.STATE), written["2 ranks 1 bf16-mixed"]["end"]
+    weights = [name for name in state if name in expected and name != "frozen"]
+    assert len(weights) > 10
+    assert [name for name in weights if not torch.equal(state[name], expected[name])] == []
 
 
 def test_what_the_others_write_is_a_checkpoint_of_their_own(folder: Path, gone_on: dict[str, list[Result]]) -> None:

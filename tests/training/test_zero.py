@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from torchmetrics import MeanMetric
 
 from ds_lightning.ops.rope import rope_tables
 from ds_lightning.training import ZeRO
+from ds_lightning.training.shards import _with_stage
 from ds_lightning.training.zero_config import fit_buckets
 from tests.training.ranks import run_ranks
 from tests.training.toy_pretraining import CONFIG
@@ -165,6 +167,21 @@ def test_buckets_are_as_large_as_the_model_and_even(weights: int, size: int) -> 
     config: dict[str, Any] = {"zero_optimization": {}}
     fit_buckets(config, torch.nn.Linear(weights, 1, bias=False, device="meta"))
     assert config["zero_optimization"] == {"reduce_bucket_size": size, "allgather_bucket_size": size}
+
+
+def test_what_has_no_weights_is_moved_and_what_has_some_is_left_to_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ZeRO, "root_device", torch.device("meta"))
+    module = torch.nn.ModuleDict({"metric": MeanMetric(), "linear": torch.nn.Linear(2, 2)})
+    ZeRO(3)._move_rest(module)
+    assert [value.device.type for value in (module["metric"].mean_value, module["linear"].weight)] == ["meta", "cpu"]
+
+
+def test_a_shard_names_its_stage_also_where_deepspeed_leaves_it_out() -> None:
+    of_optimizer: dict[str, Any] = {"optimizer_state_dict": {"partition_count": [1]}}
+    of_model: dict[str, Any] = {"module": {}}
+    assert _with_stage(of_optimizer, 1)["optimizer_state_dict"]["zero_stage"] == 1
+    assert _with_stage({"optimizer_state_dict": {"zero_stage": 2}}, 1)["optimizer_state_dict"]["zero_stage"] == 2
+    assert _with_stage(of_model, 1) == {"module": {}}
 
 
 def test_keys_of_deepspeed_are_passed_on() -> None:

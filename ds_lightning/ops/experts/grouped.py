@@ -106,9 +106,14 @@ def _segments(ends: Tensor) -> list[tuple[int, int, int]]:
     return [(e, bounds[e], bounds[e + 1]) for e in range(len(bounds) - 1) if bounds[e] < bounds[e + 1]]
 
 
+def _one_kernel(operand: Tensor, *widths: int) -> bool:
+    """Tell whether torch's kernel takes a product: bfloat16 on a GPU, and matrices of which a row is whole 16 bytes."""
+    return operand.is_cuda and operand.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+
+
 def _rows_by_expert(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply each row [k] with the weight [k n] of its expert."""
-    if rows.is_cuda and rows.dtype == torch.bfloat16:
+    if _one_kernel(rows, *weight.shape[1:]):
         return grouped_mm(rows, weight, offs=ends)
     out = rows.new_empty(rows.shape[0], weight.shape[2])
     for expert, first, last in _segments(ends):
@@ -118,7 +123,7 @@ def _rows_by_expert(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def _weights_by_expert(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """Return ``left^T right`` over the rows of each expert: [experts m n]."""
-    if left.is_cuda and left.dtype == torch.bfloat16:
+    if _one_kernel(left, left.shape[1], right.shape[1]):
         return grouped_mm(left.T, right, offs=ends)
     out = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
     for expert, first, last in _segments(ends):
