@@ -61,6 +61,12 @@ def _compiler() -> str | None:
     return compiler
 
 
+def compile_all() -> None:
+    """Compile every kernel of the package before its first use, where there is a compiler."""
+    for source in sorted(HEADER.parent.parent.rglob("*.cpp")):
+        compiled(source)
+
+
 def in_fp32_on_cpu(x: Tensor) -> bool:
     """Tell whether these kernels take a tensor, in the precision around it."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

@@ -102,3 +102,11 @@ def test_processes_that_compile_at_once_end_with_one_whole_library(tmp_path: Pat
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]
     assert [process.communicate()[0] for process in processes] == [b"8\n"] * 3
     assert len(list(cache.iterdir())) == 1
+
+
+@needs_compiler
+def test_all_kernels_are_compiled_ahead(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FLAGS", [*module.FLAGS, "-O0"])  # the last one counts
+    module.compile_all()
+    names = sorted(path.name.rpartition("-")[0] for path in cache.iterdir())
+    assert names == ["experts", "generation", "rms_norm", "rotary_attention"]
