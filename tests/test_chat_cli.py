@@ -12,6 +12,7 @@ import select
 import shutil
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,7 +233,14 @@ class Screen:
         return before
 
     def type(self, keys: str) -> None:
-        """Type as late as a person: Python misses a signal that comes between its prompt and its wait for keys."""
+        """Type once keys are waited for, whatever the answer looks like: only then are lines not read whole.
+
+        And as late as a person: Python misses a signal that comes between its prompt and its wait.
+        """
+        until = time.monotonic() + 120
+        while termios.tcgetattr(self.near)[3] & termios.ICANON:
+            assert time.monotonic() < until, self.seen
+            time.sleep(0.01)
         time.sleep(0.3)
         os.write(self.near, keys.encode())
 

@@ -247,7 +247,7 @@ def test_a_price_list_in_another_currency_or_without_a_date_is_refused(tmp_path:
 def test_what_does_not_fit_says_what_would() -> None:
     lite = CONFIGS / "pretrain/v2_lite.yaml"
     with pytest.raises(
-        ValueError, match=r"does not fit: 1 h100 have 80 GB each.*ZeRO-0 needs .* GB \(weights 31.4"
+        ValueError, match=r"does not fit: 1 h100 have 80 GB each.*ZeRO-0 needs .* GB \(weights 2.62"
     ) as one:
         plan(lite, device="h100", num_devices=1)
     assert "8 devices at ZeRO-3 with micro-batches of one row" in str(one.value)
