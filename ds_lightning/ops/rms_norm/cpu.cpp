@@ -4,11 +4,9 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 64;  // rows whose gradients of the gain are summed by one thread
-
 struct Norm {
   const float *x, *gain;  // [rows][width], rows x_stride apart
-  int64_t rows, width, x_stride;
+  int64_t rows, width, x_stride, block;  // a block of rows has its gradients of the gain summed by one thread
   float eps;
   float *out, *scales;  // [rows][width], [rows]
   const float* grad_out;
@@ -30,9 +28,9 @@ extern "C" void norm_forward(const Norm* n, int64_t threads) {
 
 extern "C" void norm_backward(const Norm* n, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
-  for (int64_t first = 0; first < n->rows; first += BLOCK) {
-    float* grad_gain = n->grad_gains + first / BLOCK * n->width;
-    for (int64_t row = first; row < std::min(first + BLOCK, n->rows); ++row) {
+  for (int64_t first = 0; first < n->rows; first += n->block) {
+    float* grad_gain = n->grad_gains + first / n->block * n->width;
+    for (int64_t row = first; row < std::min(first + n->block, n->rows); ++row) {
       const float *x = n->x + row * n->x_stride, *gain = n->gain, *grad = n->grad_out + row * n->width;
       float* grad_x = n->grad_x + row * n->width;
       const float scale = n->scales[row];

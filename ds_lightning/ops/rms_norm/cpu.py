@@ -19,7 +19,7 @@ _BLOCK = 64
 class _Norm(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("x", "gain")],
-        *[(name, ctypes.c_int64) for name in ("rows", "width", "x_stride")],
+        *[(name, ctypes.c_int64) for name in ("rows", "width", "x_stride", "block")],
         ("eps", ctypes.c_float),
         *[(name, ctypes.c_void_p) for name in ("out", "scales", "grad_out", "grad_x", "grad_gains")],
     ]
@@ -64,5 +64,5 @@ def _call(name: str, x: Tensor, weight: Tensor, eps: float, **further: Tensor) -
     assert library is not None
     tensors = {"x": x, "gain": weight, **further}
     pointers = {key: tensor.data_ptr() for key, tensor in tensors.items()}
-    norm = _Norm(**pointers, rows=len(x), width=x.shape[1], x_stride=x.stride(0), eps=eps)
+    norm = _Norm(**pointers, rows=len(x), width=x.shape[1], x_stride=x.stride(0), block=_BLOCK, eps=eps)
     getattr(library, name)(ctypes.byref(norm), threads_for(4 * x.numel()))
