@@ -10,6 +10,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -204,6 +205,11 @@ def test_a_template_without_a_generation_prompt_is_refused(
     assert err.count("\n") == 1
 
 
+def _as_at_a_terminal() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what it starts in the background ignore Ctrl-C
+    os.close(os.open(os.ttyname(0), os.O_RDWR))  # makes it the controlling terminal
+
+
 class Screen:
     """The real command on a terminal of its own."""
 
@@ -217,7 +223,7 @@ class Screen:
             stdout=far,
             stderr=far,
             start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # makes it the controlling terminal
+            preexec_fn=_as_at_a_terminal,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"},
         )
         os.close(far)
