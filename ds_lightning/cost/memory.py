@@ -185,10 +185,10 @@ def block_bytes(config: DeepSeekConfig, layer: int, tokens: int, *, width: int, 
     token += _norm(config.kv_lora_rank) + width * config.kv_lora_rank
     if rank is not None:
         token += _norm(rank) + width * rank
-    kernels = on_cpu and width == 4
+    kernels, rope = on_cpu and width == 4, config.qk_rope_head_dim
     if kernels:  # queries, keys and values as they were projected, the output, and a log-sum-exp
-        token -= 4 * config.kv_lora_rank  # norms keep what comes in, which the latent's shares with the rotary key
         token += 4 * heads * (config.qk_head_dim + config.qk_nope_head_dim + 2 * config.v_head_dim + 1)
+        token += 4 * rope  # what the latent was split from; the latent's norm, counted above, keeps the rest of it
     else:
         token += 2 * width * heads * config.qk_head_dim  # queries and keys
         if on_cpu:
@@ -196,10 +196,10 @@ def block_bytes(config: DeepSeekConfig, layer: int, tokens: int, *, width: int, 
         else:
             token += heads * (2 * width * max(config.qk_head_dim, config.v_head_dim) + 4)  # value, output, log-sum-exp
         token += width * heads * config.v_head_dim  # input of the output projection
-    if width < 4:  # what is turned by position, in fp32; without a copy it keeps all that it is a part of
-        token += 4 * config.qk_rope_head_dim * (heads + 1)
-    else:
-        token += 4 * (heads * config.qk_head_dim * (not kernels) + config.kv_lora_rank + config.qk_rope_head_dim)
+        if width < 4:  # what is turned by position, in fp32; without a copy it keeps all that it is a part of
+            token += 4 * rope * (heads + 1)
+        else:
+            token += 4 * (heads * config.qk_head_dim + config.kv_lora_rank + rope)
     if not config.is_moe_layer(layer):
         return tokens * (token + 4.0 * width * config.intermediate_size)
     topk, ffn = config.num_experts_per_tok, config.moe_intermediate_size

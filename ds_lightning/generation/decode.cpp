@@ -40,19 +40,10 @@ Matrix nth(const Matrix& m, int64_t number) {
   return {m.panels + number * packed_size(m.inner, m.columns), m.inner, m.columns};
 }
 
-void rms_norm(int64_t rows, const float* x, int64_t x_stride, const float* gain, int64_t width, float eps, float* out,
-              int64_t out_stride) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* from = x + row * x_stride;
-    const float factor = 1.0f / std::sqrt(dot(from, from, width) / width + eps);
-    for (int64_t i = 0; i < width; ++i) out[row * out_stride + i] = from[i] * factor * gain[i];
-  }
-}
+constexpr float LATENT_EPS = 1e-6f;  // of the norms of latents, whatever the model's: see nn/attention.py
 
-// silu(gate) * up * factor, over the gate.
-void swiglu(float* gate_up, int64_t width, float factor) {
-  float *gate = gate_up, *up = gate_up + width;
-  for (int64_t i = 0; i < width; ++i) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i] * factor;
+void norm_rows(int64_t rows, const float* x, int64_t stride, const float* gain, int64_t width, float eps, float* to) {
+  for (int64_t row = 0; row < rows; ++row) rms_norm(x + row * stride, gain, width, eps, to + row * stride);
 }
 
 // Indices of the largest, largest first; of equal ones the first.
@@ -89,13 +80,13 @@ class Chunk {
     for (int64_t layer = 0; layer < m.num_layers; ++layer) of_all += m.layers[layer].router.panels != nullptr;
     for (int64_t number = 0; number < m.num_layers; ++number) {
       const Layer& layer = m.layers[number];
-      rms_norm(rows_, x, m.hidden, layer.input_norm, m.hidden, m.eps, normal_, m.hidden);
+      norm_rows(rows_, x, m.hidden, layer.input_norm, m.hidden, m.eps, normal_);
       attention(layer, s.cache + number * s.layer_stride, x);
-      rms_norm(rows_, x, m.hidden, layer.post_norm, m.hidden, m.eps, normal_, m.hidden);
+      norm_rows(rows_, x, m.hidden, layer.post_norm, m.hidden, m.eps, normal_);
       if (layer.router.panels) routed(layer, s.chosen + with_experts++ * m.topk, of_all * m.topk, x);
       if (layer.gate_up.panels) dense(layer, x);
     }
-    rms_norm(rows_, x, m.hidden, m.norm, m.hidden, m.eps, normal_, m.hidden);
+    norm_rows(rows_, x, m.hidden, m.norm, m.hidden, m.eps, normal_);
     product(rows_, {normal_, m.hidden}, m.head, s.logits + first_ * m.head.columns, m.head.columns);
   }
 
@@ -107,14 +98,14 @@ class Chunk {
       const int64_t rank = layer.query_a.columns;
       float* low = room(b.low, rows_ * rank);
       product(rows_, {normal_, m.hidden}, layer.query_a, low, rank);
-      rms_norm(rows_, low, rank, layer.query_norm, rank, 1e-6f, low, rank);
+      norm_rows(rows_, low, rank, layer.query_norm, rank, LATENT_EPS, low);
       product(rows_, {low, rank}, layer.query_b, query, m.heads * head_width);
     } else {
       product(rows_, {normal_, m.hidden}, layer.query_b, query, m.heads * head_width);
     }
     float* entry = room(b.entry, rows_ * width);
     product(rows_, {normal_, m.hidden}, layer.latent, entry, width);
-    rms_norm(rows_, entry, width, layer.latent_norm, m.kv_rank, 1e-6f, entry, width);
+    norm_rows(rows_, entry, width, layer.latent_norm, m.kv_rank, LATENT_EPS, entry);
 
     float* latent_query = room(b.latent_query, rows_ * m.heads * width);
     for (int64_t head = 0; head < m.heads; ++head)
@@ -159,7 +150,7 @@ class Chunk {
     const int64_t width = layer.down.inner;
     float* gate_up = room(b.gate_up, rows_ * 2 * width);
     product(rows_, {normal_, m.hidden}, layer.gate_up, gate_up, 2 * width);
-    for (int64_t row = 0; row < rows_; ++row) swiglu(gate_up + row * 2 * width, width, 1.0f);
+    for (int64_t row = 0; row < rows_; ++row) swiglu(gate_up + row * 2 * width, width, 1.0f, gate_up + row * 2 * width);
     product(rows_, {gate_up, 2 * width}, layer.down, x, m.hidden, true);
   }
 
@@ -185,7 +176,7 @@ class Chunk {
       for (int64_t i = 0; i < count; ++i)
         copy(own + i * m.hidden, normal_ + b.slots[i] / m.topk * m.hidden, m.hidden);
       product(count, {own, m.hidden}, nth(layer.expert_gate_up, expert), gate_up, 2 * width);
-      for (int64_t i = 0; i < count; ++i) swiglu(gate_up + i * 2 * width, width, gates[b.slots[i]]);
+      for (int64_t i = 0; i < count; ++i) swiglu(gate_up + i * 2 * width, width, gates[b.slots[i]], gate_up + i * 2 * width);
       product(count, {gate_up, 2 * width}, nth(layer.expert_down, expert), out, m.hidden);
       for (int64_t i = 0; i < count; ++i) {
         float* to = x + b.slots[i] / m.topk * m.hidden;

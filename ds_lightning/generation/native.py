@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ds_lightning.flops import active_param_count
 from ds_lightning.generation.cache import LatentCache
-from ds_lightning.generation.sampling import SOURCE
+from ds_lightning.generation.sampling import KERNELS
 from ds_lightning.models import DeepSeek
-from ds_lightning.ops.compiled import compiled, threads_for
+from ds_lightning.nn.moe import DeepSeekMoE
+from ds_lightning.ops.compiled import compiled, takes, threads_for
 
 SMALL = 2**26
 """Parameters up to which a model's weights are packed, 256 MiB; in a larger one the products are what takes time."""
@@ -70,15 +71,11 @@ class NativeSteps:
     def of(cls, model: DeepSeek) -> "NativeSteps | None":
         """Return the steps of a model that they can do: small, whole, in fp32 on a CPU; else, or uncompiled, none."""
         weights = list(model.parameters())
-        if torch.is_autocast_enabled("cpu") or sum(weight.numel() for weight in weights) > SMALL:
-            return None
-        if any(w.dtype != torch.float32 or w.device.type != "cpu" or w.numel() == 0 for w in weights):
-            return None
-        library = compiled(SOURCE)
-        return None if library is None else cls(model, library)
+        sizes = [weight.numel() for weight in weights]
+        return cls(model) if sum(sizes) <= SMALL and all(sizes) and takes(KERNELS, *weights) else None
 
-    def __init__(self, model: DeepSeek, library: ctypes.CDLL) -> None:
-        self._library, self._tables = library, model.rope_tables
+    def __init__(self, model: DeepSeek) -> None:
+        self._tables = model.rope_tables
         self._kept: list[Any] = []  # what the library has pointers to
         config = model.config
         self._vocab, self._topk = config.vocab_size, config.num_experts_per_tok
@@ -128,9 +125,9 @@ class NativeSteps:
             logits=logits.data_ptr(),
             chosen=chosen.data_ptr(),
         )
-        self._library.decode(
-            ctypes.byref(self._model), ctypes.byref(step), _INTEGERS(rows), threads_for(rows * self._active)
-        )
+        library = compiled(KERNELS)
+        assert library is not None, "who makes one asks takes() first"
+        library.decode(ctypes.byref(self._model), ctypes.byref(step), _INTEGERS(rows), threads_for(rows * self._active))
         return logits, chosen if self._moe_layers else None
 
     def _layer(self, block: Any) -> _Layer:
@@ -150,8 +147,8 @@ class NativeSteps:
             layer.query_a = self._matrix(attention.q_a_proj.weight)
             layer.query_norm = self._pointer(attention.q_a_layernorm.weight)
             layer.query_b = self._matrix(attention.q_b_proj.weight)
-        dense = mlp
-        if hasattr(mlp, "experts"):
+        dense: Any = mlp
+        if isinstance(mlp, DeepSeekMoE):
             layer.router = self._matrix(mlp.gate.weight)
             if mlp.gate.e_score_correction_bias is not None:
                 layer.bias = self._pointer(mlp.gate.e_score_correction_bias)

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ds_lightning.ops.compiled import compiled, in_fp32_on_cpu, threads_for
+from ds_lightning.ops.compiled import compiled, takes, threads_for
 
-SOURCE = Path(__file__).with_name("decode.cpp")
-"""Also draws, where nothing is cut off."""
+KERNELS = Path(__file__).with_name("decode.cpp")
+"""Decoding steps, and the draw where nothing is cut off."""
 
 
 class Drawn(NamedTuple):
@@ -54,8 +54,8 @@ def draw(
         top_k: Draw from this many likeliest tokens; 0: from all. Tokens as likely as the last of them are kept too.
         top_p: Draw from the likeliest tokens that together have this probability, after ``top_k``; 1: from all.
     """
-    if temperature > 0 and not top_k and top_p == 1 and in_fp32_on_cpu(logits) and (library := compiled(SOURCE)):
-        return _draw_from_all(library, logits.contiguous(), chance, temperature)
+    if temperature > 0 and not top_k and top_p == 1 and takes(KERNELS, logits, chance):
+        return _draw_from_all(logits.contiguous(), chance.contiguous(), temperature)
     logprobs, kept = distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
@@ -69,7 +69,9 @@ def draw(
     return Drawn(tokens[:, 0], chosen, chosen if kept is None else chosen - kept_mass(logprobs, kept))
 
 
-def _draw_from_all(library: ctypes.CDLL, logits: Tensor, chance: Tensor, temperature: float) -> Drawn:
+def _draw_from_all(logits: Tensor, chance: Tensor, temperature: float) -> Drawn:
+    library = compiled(KERNELS)
+    assert library is not None, "who asks takes() first"
     rows, vocab = logits.shape
     tokens, logprobs = torch.empty(rows, dtype=torch.long), torch.empty(rows)
     sizes = ctypes.c_int64(rows), ctypes.c_int64(vocab), ctypes.c_float(temperature)

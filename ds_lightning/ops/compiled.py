@@ -67,14 +67,23 @@ def compile_all() -> None:
         compiled(source)
 
 
-def in_fp32_on_cpu(x: Tensor) -> bool:
-    """Tell whether these kernels take a tensor, in the precision around it."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-
-
 def threads_for(work: int) -> ctypes.c_int64:
     """Return on how many of torch's threads to do so many multiplications: microseconds' worth on each, at least."""
     return ctypes.c_int64(max(1, min(torch.get_num_threads(), work // GRAIN)))
+
+
+def takes(source: Path, *inputs: Tensor) -> bool:
+    """Tell whether a kernel takes these tensors, in the precision around them: fp32 on a CPU, and compiled."""
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in inputs) and compiled(source) is not None
+
+
+def call(source: Path, function: str, arguments: ctypes.Structure, work: int) -> None:
+    """Call a kernel that takes one structure, and the number of threads for so many multiplications."""
+    library = compiled(source)
+    assert library is not None, "who asks takes() first"
+    getattr(library, function)(ctypes.byref(arguments), threads_for(work))
 
 
 def _cache_folder() -> Path:

@@ -172,6 +172,19 @@ inline float exponential(float x) {
   return p * power;
 }
 
+// to = silu(gate) * up * factor, of gate and up side by side; to may be the gate.
+inline void swiglu(const float* gate_up, int64_t width, float factor, float* to) {
+  const float *gate = gate_up, *up = gate_up + width;
+  for (int64_t i = 0; i < width; ++i) to[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i] * factor;
+}
+
+// One row of RMSNorm; returns the factor of the row.
+inline float rms_norm(const float* x, const float* gain, int64_t width, float eps, float* to) {
+  const float factor = 1.0f / std::sqrt(dot(x, x, width) / width + eps);
+  for (int64_t i = 0; i < width; ++i) to[i] = x[i] * factor * gain[i];
+  return factor;
+}
+
 // Rotate the pairs of channels (0, 1), (2, 3), ... by the angles of a position, or back.
 inline void rotate(float* x, int64_t channels, const float* cos, const float* sin, float direction = 1.0f) {
   for (int64_t pair = 0; pair < channels / 2; ++pair) {

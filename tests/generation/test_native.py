@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from ds_lightning.config import DeepSeekConfig, RopeScaling
-from ds_lightning.generation import Generator, LatentCache, native, sampling
+from ds_lightning.generation import Generator, LatentCache, native
 from ds_lightning.generation.native import NativeSteps
 from ds_lightning.generation.steps import TorchSteps, steps_of
-from ds_lightning.ops.compiled import compiled
 from tests.generation.small_model import CONFIG, prompts, small_model
+from tests.ops.compiler import needs_compiler
 from tests.ops.error_ratio import relative_error
 
 BOUND = 2e-6
-needs_kernel = pytest.mark.skipif(compiled(sampling.SOURCE) is None, reason="no C++ compiler on PATH")
 
 V2: dict[str, Any] = {"topk_method": "group_limited_greedy", "scoring_func": "softmax", "norm_topk_prob": False}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -61,7 +60,7 @@ def after(steps: Any, config: DeepSeekConfig, rows: int) -> tuple[list[Tensor], 
     return scores, chosen, cache.seen()[0]
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("rows", [1, 7, 150])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_step_is_that_of_the_modules(shape: str, rows: int) -> None:
@@ -80,7 +79,7 @@ def test_a_step_is_that_of_the_modules(shape: str, rows: int) -> None:
         assert torch.equal(chosen, experts)
 
 
-@needs_kernel
+@needs_compiler
 def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads() -> None:
     model, before = small_model(), torch.get_num_threads()
     steps = NativeSteps.of(model)
@@ -95,7 +94,7 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_threads() -> None:
     assert all(torch.equal(run[:9], runs[0][:9]) for run in runs)
 
 
-@needs_kernel
+@needs_compiler
 def test_a_generator_takes_the_kernel_and_draws_what_the_modules_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = small_model(), prompts(5)
     assert isinstance(steps_of(model), NativeSteps)
@@ -111,7 +110,7 @@ def test_a_generator_takes_the_kernel_and_draws_what_the_modules_draw(monkeypatc
         assert (ours.logprobs - theirs.logprobs).abs().max() < 1e-5  # as samples against the training forward
 
 
-@needs_kernel
+@needs_compiler
 def test_weights_are_those_of_the_moment() -> None:
     model = small_model()
     before = after(NativeSteps.of(model), model.config, 3)[0][0]
@@ -130,12 +129,12 @@ def test_a_model_that_it_cannot_take_is_left_to_the_modules(reason: str, monkeyp
     if reason == "shards":
         model.norm.weight.data = torch.empty(0)
     if reason == "compiler":
-        monkeypatch.setattr(native, "compiled", lambda source: None)
+        monkeypatch.setattr(native, "takes", lambda source, *weights: False)
     with torch.autocast("cpu", enabled=reason == "autocast"):
         assert isinstance(steps_of(model), TorchSteps)
 
 
-@needs_kernel
+@needs_compiler
 def test_v3s_bias_steers_the_choice_and_no_gate_value() -> None:
     model = small_model(first_k_dense_replace=0)
     blocks: list[Any] = list(model.layers)

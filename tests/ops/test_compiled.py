@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,10 +12,8 @@ import pytest
 
 from ds_lightning.ops import compiled as module
 from ds_lightning.ops.compiled import compiled
+from tests.ops.compiler import needs_compiler
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, module.COMPILERS)), reason="no C++ compiler on PATH: the kernels are not used either"
-)
 SOURCE = 'extern "C" int twice(int x) { return 2 * x; }\n'
 
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_lightning.ops.compiled import compiled
+from ds_lightning.ops.compiled import takes
 from ds_lightning.ops.experts import cpu, few_tokens, reference, routed_experts
+from tests.ops.compiler import needs_compiler
 from tests.ops.error_ratio import assert_as_close_as_plain, relative_error
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-needs_kernel = pytest.mark.skipif(compiled(cpu.SOURCE) is None, reason="no C++ compiler on PATH")
 NAMES = ("x", "weights", "gate_up_proj", "down_proj")
 
 
@@ -220,7 +220,7 @@ def test_the_form_for_few_tokens_is_as_close_to_the_truth_under_autocast() -> No
     assert_as_close_as_plain("out", fast, plain, truth)
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize(
     ("tokens", "experts", "topk", "hidden", "ffn"),
     [(1, 1, 1, 1, 1), (1, 5, 2, 5, 3), (6, 4, 4, 17, 9), (700, 4, 3, 17, 9), (900, 16, 4, 32, 48), (40, 64, 1, 16, 16)],
@@ -233,7 +233,7 @@ def test_the_kernel_is_the_reference(tokens: int, experts: int, topk: int, hidde
     _assert_kernel_close(with_indices(inputs, torch.arange(topk).expand(tokens, topk).contiguous()))  # on few of them
 
 
-@needs_kernel
+@needs_compiler
 def test_threads_and_a_second_run_of_the_kernel_change_no_bit() -> None:
     inputs, before = _in_fp32(draw(500, 6, 2)), torch.get_num_threads()
     try:
@@ -253,8 +253,8 @@ def _in_fp32(inputs: Inputs) -> Inputs:
 
 def _assert_kernel_close(inputs: Inputs) -> None:
     low = _in_fp32(inputs)
-    assert cpu.runs(low[0])
-    assert not cpu.runs(inputs[0])
+    assert takes(cpu.SOURCE, low[0])
+    assert not takes(cpu.SOURCE, inputs[0])
     cotangent = torch.randn(inputs[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(99))
     found = value_and_gradients(routed_experts, low, cotangent)
     truth = value_and_gradients(reference.routed_experts, inputs, cotangent)

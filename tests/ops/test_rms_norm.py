@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_lightning.ops.compiled import compiled
+from ds_lightning.ops.compiled import takes
 from ds_lightning.ops.rms_norm import cpu, reference, rms_norm
+from tests.ops.compiler import needs_compiler
 from tests.ops.error_ratio import assert_as_close_as_plain, relative_error
-
-needs_kernel = pytest.mark.skipif(compiled(cpu.SOURCE) is None, reason="no C++ compiler on PATH")
 
 
 def draw(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +110,7 @@ def test_without_gradient_no_bit_is_different(dtype: torch.dtype) -> None:
     assert torch.equal(free, tracked)
 
 
-@needs_kernel
+@needs_compiler
 @pytest.mark.parametrize("shape", [(7,), (64, 5), (65, 33), (3, 200, 128)], ids=str)
 def test_the_kernel_is_the_reference(shape: tuple[int, ...]) -> None:
     """In fp32: measured at most 2e-7 from the truth in the 2-norm, gradients of a gain being sums over all rows."""
@@ -119,14 +118,14 @@ def test_the_kernel_is_the_reference(shape: tuple[int, ...]) -> None:
     cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for function, dtype in ((rms_norm, torch.float32), (reference.rms_norm, torch.float64)):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-        assert cpu.runs(*leaves) == (dtype == torch.float32)
+        assert takes(cpu.SOURCE, *leaves) == (dtype == torch.float32)
         out = function(leaves[0], leaves[1], 1e-2)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype))])
     for actual, expected in zip(*results, strict=True):
         assert relative_error(actual, expected) < 1e-6
 
 
-@needs_kernel
+@needs_compiler
 def test_the_kernel_reads_parts_of_wider_rows_and_threads_change_no_bit() -> None:
     x, weight = (tensor.float() for tensor in draw(4000, 96))
     wide = torch.cat((torch.full((4000, 3), torch.nan), x), -1)

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_lightning.ops.compiled import compiled
+from ds_lightning.ops.compiled import takes
 from ds_lightning.ops.rope import rope_tables
 from ds_lightning.ops.rotary_attention import cpu, reference, rotary_attention
 from ds_lightning.ops.shared_prompts import SharedPrompts
+from tests.ops.compiler import needs_compiler
 from tests.ops.error_ratio import relative_error
 
 BOUND = 2e-6
 NAMES = ("out", "query", "key_value", "k_rope")
 PROMPTS = SharedPrompts(torch.tensor([0, 2, 2, 1, 2]), torch.tensor([3, 1, 4]), prompt_seq=4, seq=50)
-needs_kernel = pytest.mark.skipif(compiled(cpu.SOURCE) is None, reason="no C++ compiler on PATH")
 attend: Any = partial(rotary_attention, scale=0.3)
 define: Any = partial(reference.rotary_attention, scale=0.3)
 
@@ -101,16 +101,16 @@ LAYOUTS: dict[str, tuple[Case, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=needs_kernel), torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=needs_compiler), torch.float64], ids=str)
 @pytest.mark.parametrize(("case", "layout"), LAYOUTS.values(), ids=LAYOUTS)
 def test_output_and_gradients_are_those_of_the_reference(
     case: Case, layout: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    assert cpu.runs(case.inputs[0].to(dtype)) == (dtype == torch.float32)
+    assert takes(cpu.SOURCE, case.inputs[0].to(dtype)) == (dtype == torch.float32)
     assert_close(case.run(dtype, **layout), case.truth(**layout), BOUND if dtype == torch.float32 else 1e-12)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=needs_kernel), torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=needs_compiler), torch.float64], ids=str)
 def test_a_completion_sees_its_prompt_and_itself(dtype: torch.dtype) -> None:
     case = with_prompts(PROMPTS)
     found, truth = case.run(dtype, shared=PROMPTS), row_by_row(case, PROMPTS)
@@ -123,7 +123,7 @@ def test_a_document_in_pieces_is_one_document() -> None:
     assert_close(case.run(torch.float32, segment_ids=ids), case.truth(segment_ids=ids), BOUND)
 
 
-@needs_kernel
+@needs_compiler
 def test_the_number_of_threads_and_a_second_run_change_no_bit() -> None:
     case, before = with_prompts(PROMPTS), torch.get_num_threads()
     try:
@@ -136,7 +136,7 @@ def test_the_number_of_threads_and_a_second_run_change_no_bit() -> None:
     assert all(torch.equal(one, other) for run in runs[1:] for one, other in zip(runs[0], run, strict=True))
 
 
-@needs_kernel
+@needs_compiler
 def test_parts_of_wider_tensors_and_turned_ones_are_read_where_they_lie() -> None:
     case = draw(2, 40)
     query, key_value, k_rope = (part.float() for part in case.inputs)
@@ -147,7 +147,7 @@ def test_parts_of_wider_tensors_and_turned_ones_are_read_where_they_lie() -> Non
     assert torch.equal(attend(query, turned, wide, cos, sin), expected)
 
 
-@needs_kernel
+@needs_compiler
 def test_two_backward_passes_of_one_graph_agree_and_leave_the_inputs_alone() -> None:
     case = draw(2, 70)
     leaves = [tensor.float().requires_grad_() for tensor in case.inputs]
@@ -157,7 +157,7 @@ def test_two_backward_passes_of_one_graph_agree_and_leave_the_inputs_alone() -> 
     assert all(torch.equal(leaf, tensor.float()) for leaf, tensor in zip(leaves, case.inputs, strict=True))
 
 
-@needs_kernel
+@needs_compiler
 def test_scores_of_any_size_give_finite_shares() -> None:
     case = draw(1, 33)
     case.inputs[0] *= 1e4

@@ -3,6 +3,7 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ds_lightning.ops.compiled import takes
 from ds_lightning.ops.experts import cpu, grouped, reference
 from ds_lightning.ops.experts.few import few_tokens
 
@@ -24,6 +25,6 @@ def routed_experts(
     Numerics: products run in the autocast dtype where autocast is on, else in the dtype of ``x``; sums over a token's
     experts and all gradients of weights are rounded once. Deterministic.
     """
-    if cpu.runs(x, weights, gate_up_proj, down_proj):
+    if takes(cpu.SOURCE, x, weights, gate_up_proj, down_proj):
         return cpu.routed_experts(x, indices, weights, gate_up_proj, down_proj)
     return grouped.routed_experts(x, indices, weights, gate_up_proj, down_proj)

@@ -40,11 +40,8 @@ class Expert {
       float* gate_up = e.gate_up + begin * 2 * e.width;
       product(count, {gathered(b.x, e.x, begin, count), e.hidden}, gate_up_proj, gate_up, 2 * e.width);
       float* hidden = room(b.hidden, count * e.width);
-      for (int64_t row = 0; row < count; ++row) {
-        const float *gate = gate_up + row * 2 * e.width, *up = gate + e.width, value = e.gates[e.slots[begin + row]];
-        float* to = hidden + row * e.width;
-        for (int64_t i = 0; i < e.width; ++i) to[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i] * value;
-      }
+      for (int64_t row = 0; row < count; ++row)
+        swiglu(gate_up + row * 2 * e.width, e.width, e.gates[e.slots[begin + row]], hidden + row * e.width);
       product(count, {hidden, e.width}, down_proj, e.rows + begin * e.hidden, e.hidden);
     }
   }

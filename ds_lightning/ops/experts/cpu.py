@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ds_lightning.ops.compiled import compiled, in_fp32_on_cpu, threads_for
+from ds_lightning.ops.compiled import call
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
@@ -23,11 +23,6 @@ class _Experts(ctypes.Structure):
         *[(name, ctypes.c_int64) for name in ("tokens", "topk", "experts", "hidden", "width")],
         *[(name, ctypes.c_void_p) for name in (*_OUTPUTS, *_GRADS)],
     ]
-
-
-def runs(*inputs: Tensor) -> bool:
-    """Tell whether this form takes the precision and device at hand."""
-    return all(map(in_fp32_on_cpu, inputs)) and compiled(SOURCE) is not None
 
 
 def routed_experts(
@@ -72,8 +67,6 @@ class _RoutedExperts(torch.autograd.Function):
 
 
 def _call(name: str, inputs: Any, kept: Any, **further: Tensor) -> None:
-    library = compiled(SOURCE)
-    assert library is not None
     x, indices, down_proj = inputs[0], inputs[1], inputs[4]
     rows = x.new_empty(indices.numel(), x.shape[1])
     tensors = dict(zip((*_INPUTS, *_OUTPUTS), (*inputs, *kept, rows), strict=False)) | further
@@ -85,4 +78,4 @@ def _call(name: str, inputs: Any, kept: Any, **further: Tensor) -> None:
         hidden=x.shape[1],
         width=down_proj.shape[2],
     )
-    getattr(library, name)(ctypes.byref(experts), threads_for(3 * rows.numel() * experts.width))
+    call(SOURCE, name, experts, work=3 * rows.numel() * experts.width)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ds_lightning.ops.compiled import takes
 from ds_lightning.ops.rms_norm import cpu, reference
 
 __all__ = ["reference", "rms_norm"]
@@ -18,7 +19,7 @@ def rms_norm(
 
     Numerics: fp32 or wider inside, rounded once.
     """
-    if cpu.runs(x, weight):
+    if takes(cpu.SOURCE, x, weight):
         return cpu.rms_norm(x, weight, eps)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)

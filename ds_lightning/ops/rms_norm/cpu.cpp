@@ -18,11 +18,7 @@ struct Norm {
 extern "C" void norm_forward(const Norm* n, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t row = 0; row < n->rows; ++row) {
-    const float *x = n->x + row * n->x_stride, *gain = n->gain;
-    float* out = n->out + row * n->width;
-    const float scale = 1.0f / std::sqrt(dot(x, x, n->width) / n->width + n->eps);
-    for (int64_t i = 0; i < n->width; ++i) out[i] = x[i] * scale * gain[i];
-    n->scales[row] = scale;
+    n->scales[row] = rms_norm(n->x + row * n->x_stride, n->gain, n->width, n->eps, n->out + row * n->width);
   }
 }
 

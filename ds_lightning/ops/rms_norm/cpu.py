@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ds_lightning.ops.compiled import compiled, in_fp32_on_cpu, threads_for
+from ds_lightning.ops.compiled import call
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
@@ -23,11 +23,6 @@ class _Norm(ctypes.Structure):
         ("eps", ctypes.c_float),
         *[(name, ctypes.c_void_p) for name in ("out", "scales", "grad_out", "grad_x", "grad_gains")],
     ]
-
-
-def runs(*inputs: Tensor) -> bool:
-    """Tell whether this form takes the precision and device at hand."""
-    return all(map(in_fp32_on_cpu, inputs)) and compiled(SOURCE) is not None
 
 
 def rms_norm(
@@ -60,9 +55,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _call(name: str, x: Tensor, weight: Tensor, eps: float, **further: Tensor) -> None:
-    library = compiled(SOURCE)
-    assert library is not None
     tensors = {"x": x, "gain": weight, **further}
     pointers = {key: tensor.data_ptr() for key, tensor in tensors.items()}
     norm = _Norm(**pointers, rows=len(x), width=x.shape[1], x_stride=x.stride(0), block=_BLOCK, eps=eps)
-    getattr(library, name)(ctypes.byref(norm), threads_for(4 * x.numel()))
+    call(SOURCE, name, norm, work=4 * x.numel())

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ds_lightning.ops.attention import causal_attention
+from ds_lightning.ops.compiled import takes
 from ds_lightning.ops.prefix_attention import prefix_attention
 from ds_lightning.ops.rope import apply_rope
 from ds_lightning.ops.rotary_attention import cpu, reference
@@ -31,7 +32,8 @@ def rotary_attention(
 
     On a CPU in fp32 all of it is one kernel, where there is a compiler; elsewhere the parts one after the other.
     """
-    if cpu.runs(query) and not (segment_ids is not None and cpu.in_pieces(segment_ids)):
+    in_pieces = segment_ids is not None and cpu.in_pieces(segment_ids)
+    if not in_pieces and takes(cpu.SOURCE, query, key_value, k_rope, cos, sin):
         return cpu.rotary_attention(query, key_value, k_rope, cos, sin, scale, segment_ids, shared)
     rope = k_rope.shape[-1]
     nope, heads = query.shape[-1] - rope, query.shape[-2]

@@ -97,7 +97,7 @@ class Head {
       const int64_t rows = std::min(BLOCK, b.own.count - first), seen = first + rows;
       const Left query = queries(first, rows);
       float* scores = room(b.scores, rows * keys);
-      product(rows, query, b.prefix.columns, scores, keys);
+      if (prefix) product(rows, query, b.prefix.columns, scores, keys);
       product(rows, query, {b.own.columns.panels, width_, seen}, scores + prefix, keys);
       for (int64_t row = 0; row < rows; ++row) {
         float* score = scores + row * keys;
@@ -125,9 +125,9 @@ class Head {
       const Left query = queries(first, rows), grad{a.grad_out + place, out_stride};
       float* scores = room(b.scores, rows * keys);
       float* grad_scores = room(b.grad_scores, rows * keys);
-      product(rows, query, b.prefix.columns, scores, keys);
+      if (prefix) product(rows, query, b.prefix.columns, scores, keys);
       product(rows, query, {b.own.columns.panels, width_, seen}, scores + prefix, keys);
-      product(rows, grad, b.prefix.value_columns, grad_scores, keys);
+      if (prefix) product(rows, grad, b.prefix.value_columns, grad_scores, keys);
       product(rows, grad, {b.own.value_columns.panels, a.v_dim, seen}, grad_scores + prefix, keys);
       for (int64_t row = 0; row < rows; ++row) {
         float *p = scores + row * keys, *g = grad_scores + row * keys;

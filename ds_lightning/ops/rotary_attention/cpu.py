@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ds_lightning.ops.compiled import compiled, in_fp32_on_cpu, threads_for
+from ds_lightning.ops.compiled import call
 from ds_lightning.ops.shared_prompts import SharedPrompts
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -34,11 +34,6 @@ class Layout(NamedTuple):
     """First token and number of tokens of what a span may see in full, the same of the span itself."""
     groups: Int[Tensor, " groups_and_1"]
     """First span of each group, and the number of spans: no token is in spans of two groups."""
-
-
-def runs(query: Tensor) -> bool:
-    """Tell whether this form takes the precision and device at hand."""
-    return in_fp32_on_cpu(query) and compiled(SOURCE) is not None
 
 
 def rotary_attention(
@@ -135,8 +130,6 @@ class _RotaryAttention(torch.autograd.Function):
 
 
 def _call(name: str, tensors: Sequence[Tensor], scale: float, **grads: Tensor) -> None:
-    library = compiled(SOURCE)
-    assert library is not None
     query, _, k_rope, cos, _, spans, groups, out, _ = tensors
     pointers = dict(zip(_TENSORS, tensors, strict=True)) | grads
     attention = _Attention(
@@ -152,4 +145,4 @@ def _call(name: str, tensors: Sequence[Tensor], scale: float, **grads: Tensor) -
         scale=scale,
     )
     pairs = int(((spans[:, 1] + spans[:, 3] // 2) * spans[:, 3]).sum())
-    getattr(library, name)(ctypes.byref(attention), threads_for(2 * pairs * query.shape[1] * query.shape[2]))
+    call(SOURCE, name, attention, work=2 * pairs * query.shape[1] * query.shape[2])
